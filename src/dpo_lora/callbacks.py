@@ -1,0 +1,181 @@
+"""What happens at each step besides training: metrics to disk first, finite guard, signals, progress."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dpo_lora.rundir import RunDir
+from dpo_lora.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient that is NaN or infinite: stopped before the optimizer could take it."""
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into "stop after this step"; a second Ctrl-C stops at once.
+
+    Outside a training loop there is no step to end, so the first one stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.in_training = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        repeated = self.received is not None
+        self.received = signal.Signals(number)
+        if repeated or not self.in_training:
+            raise KeyboardInterrupt
+        log.warning("%s: stopping after this step with a checkpoint (again: at once).", self.received.name)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.received or signal.SIGINT)
+
+
+class StopAtStepEnd(TrainerCallback):
+    """Acts on a :class:`StopSignal` where the state is whole: after the optimizer's step."""
+
+    def __init__(self, stop: StopSignal):
+        self.stop = stop
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop.in_training = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop.in_training = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stop.received is not None and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class FiniteGuard(TrainerCallback):
+    """Stops a run whose gradient is NaN or infinite before the optimizer writes it into every weight."""
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        # The sum of norms is finite only if every element is; one transfer from the device, not one a tensor.
+        if grads and not torch.stack(torch._foreach_norm(grads)).sum().isfinite():
+            raise NotFiniteError(
+                f"The gradient of step {state.global_step + 1} is not finite. The optimizer did not take it: "
+                "the last checkpoint is good. Lower train.learning_rate, or look for broken pairs."
+            )
+
+
+class MetricsLog(TrainerCallback):
+    """metrics.jsonl first, flushed; only then the tracker."""
+
+    def __init__(self, run: RunDir, tracker: Tracker):
+        self.run, self.tracker = run, tracker
+        self._begun = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        row = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 6),
+            "seconds": round(time.monotonic() - self._begun, 3),
+            **(logs or {}),
+        }
+        row.pop("total_flos", None)
+        self.run.append_metrics(row)
+        self.tracker.log({k: v for k, v in row.items() if isinstance(v, int | float)}, state.global_step)
+
+
+class ProgressLine(TrainerCallback):
+    """One live line in a terminal; elsewhere one plain line each tenth of the run."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.shown = -1
+        self.progress: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.progress.add_task(
+                "training", total=state.max_steps, completed=state.global_step, figures=""
+            )
+            self.progress.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        figures = (
+            f"pairs {state.global_step * args.train_batch_size * args.world_size}"
+            f"  loss {logs['loss']:.4f}  margin {logs.get('rewards/margins', 0):+.3f}"
+            f"  acc {logs.get('rewards/accuracies', 0):.2f}  {logs.get('tokens_per_second', 0):.0f} tok/s"
+        )
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step, figures=figures)
+        elif (tenth := 10 * state.global_step // max(1, state.max_steps)) > self.shown:
+            self.shown = tenth
+            print(f"step {state.global_step}/{state.max_steps}  {figures}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,91 @@
+"""What Hydra does for us: compose, sweep, and say where a run goes. The only user of its API besides train.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_lora.errors import UserError
+from dpo_lora.provenance import record_command
+from dpo_lora.rundir import RunDir
+from dpo_lora.schema import RunSettings
+from dpo_lora.settings import plain
+from dpo_lora.typos import explain
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where Hydra puts the job at hand. ``trial`` and ``sweep`` are None for a single run."""
+
+    trial: Path | None
+    sweep: Path | None
+    overrides: list[str]
+
+
+def register_resolvers() -> None:
+    # Cached: every trial of a sweep must read the same second, or one sweep makes several directories.
+    OmegaConf.register_new_resolver("unix_seconds", lambda: int(time.time()), use_cache=True, replace=True)
+
+
+def place() -> Place:
+    """The place of the job that Hydra is running now."""
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    if hydra.mode is not RunMode.MULTIRUN:
+        return Place(None, None, overrides)
+    sweep = Path(hydra.sweep.dir).resolve()
+    return Place(sweep / str(hydra.sweep.subdir), sweep, overrides)
+
+
+def open_run(settings: RunSettings, *, trial: Path | None, overrides: list[str], resume: Path | None) -> RunDir:
+    """The directory of a new run, or of the one to resume; its lock is held.
+
+    Raises:
+        UserError: it is in use, holds another run, or cannot be written.
+    """
+    if resume is not None:
+        return RunDir.reopen(resume)
+    run = RunDir.create(
+        plain(settings),
+        outputs=Path(settings.outputs),
+        name=f"dpo-{settings.data.name}-lora-output",
+        path=trial if settings.run_dir is None else Path(settings.run_dir),
+    )
+    record = run.path / ".hydra"
+    record.mkdir()
+    (record / "config.yaml").write_text(yaml.safe_dump(plain(settings), sort_keys=False), encoding="utf-8")
+    (record / "overrides.yaml").write_text(yaml.safe_dump(overrides), encoding="utf-8")
+    return run
+
+
+def run_hydra(entry: Callable[[], None], overrides: list[str] | None) -> None:
+    """Run a Hydra entry with ``overrides`` (None: the process' own arguments).
+
+    Exits with 2 and one message for a user's mistake; a crash keeps its traceback and exits with 1.
+    """
+    if overrides is not None:
+        sys.argv = [sys.argv[0], *overrides]
+    record_command("train", *sys.argv[1:])
+    # Hydra would print and exit by itself; with this it hands the exception over.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        entry()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        refuse(error)
+
+
+def refuse(error: Exception) -> None:
+    """Say what the user got wrong, without a traceback, and exit with 2."""
+    print(f"dpo-lora: {explain(error)}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)

@@ -1,0 +1,73 @@
+"""From LoRA settings to a ``peft.LoraConfig`` that fits the model at hand."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import peft
+
+from dpo_lora.errors import UserError, nearest
+from dpo_lora.schema import LoraSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+# What PEFT calls them; each starts with a zero update, so the adapter switched off is the reference.
+INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian"}
+# These fold part of the base weights into the adapter: switching it off no longer gives the reference.
+MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def config(settings: LoraSettings, model: PreTrainedModel) -> peft.LoraConfig:
+    """The adapter to train on ``model``.
+
+    Raises:
+        UserError: a target that the model lacks, or an initialisation that would move the reference.
+    """
+    if settings.init.startswith(MOVE_THE_BASE):
+        raise UserError(
+            f"lora.init={settings.init} rewrites the base weights, so the model with the adapter switched off "
+            "would no longer be the reference that DPO compares with. Use lora.init=default or gaussian."
+        )
+    if settings.init not in INITS:
+        raise UserError(f"lora.init={settings.init} is unknown; choose from {', '.join(INITS)}.")
+    return peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # annotated int, works and is saved as float
+        lora_dropout=settings.dropout,
+        target_modules=_targets(settings.targets, model),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        init_lora_weights=INITS[settings.init],
+    )
+
+
+def _targets(targets: list[str], model: PreTrainedModel) -> str | list[str]:
+    if targets == [ALL_LINEAR]:
+        return ALL_LINEAR
+    present = linear_names(model)
+    missing = [t for t in targets if t not in present]
+    if missing:
+        raise UserError(
+            f"lora.targets names {', '.join(missing)}, which this model lacks.{nearest(missing[0], present)} "
+            f"It has: {', '.join(sorted(present))}. Or use lora.targets=[{ALL_LINEAR}]."
+        )
+    return list(targets)
+
+
+def linear_names(model: PreTrainedModel) -> set[str]:
+    """Last name parts of the layers LoRA can adapt, the output head left out (DPO reads its weight directly)."""
+    head = model.get_output_embeddings()
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if module is not head and hasattr(module, "weight") and type(module).__name__ in _ADAPTABLE
+    }
+
+
+_ADAPTABLE = {"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"}

@@ -1,0 +1,133 @@
+"""The base model and its tokenizer: from the hub, a local folder, or the embedded package; quantised or not."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+from dpo_lora import embedded
+from dpo_lora.device import Machine
+from dpo_lora.errors import UserError
+from dpo_lora.schema import ModelSettings, ModelSource, Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded causal language model that nothing has changed yet."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str  # what people call it; for the card
+    license: str | None
+    identity: dict[str, Any]  # how another machine gets the same weights
+
+
+def load(settings: ModelSettings, machine: Machine) -> BaseModel:
+    """Load model and tokenizer onto ``machine``.
+
+    Raises:
+        UserError: there is no such model here, it is gated, it has no chat template, or
+            bitsandbytes is asked for and missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, published, license_ = settings.name, settings.name, None
+    identity: dict[str, Any] = {"name": settings.name, "revision": settings.revision}
+    if settings.source is ModelSource.embedded:
+        if settings.name != embedded.NAME:
+            raise UserError(
+                f"model.name={settings.name}: the only embedded model is {embedded.NAME}. "
+                f"For a hub id or a folder: model=hub model.name={settings.name}"
+            )
+        source, published, license_ = str(embedded.ensure()), embedded.PUBLISHED_AS, embedded.LICENSE
+        identity |= embedded.IDENTITY
+    shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **shared)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=machine.dtype,
+            attn_implementation=settings.attention,
+            device_map={"": machine.device} if machine.device.type == "cuda" else None,
+            quantization_config=_quantization(settings.quantization, machine),
+            **shared,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(_why_not(settings, error)) from error
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{settings.name} has no chat template, so conversations cannot be put to it. "
+            "Use its instruction-tuned version, or add a chat_template to a local copy of its tokenizer."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    identity["commit"] = getattr(model.config, "_commit_hash", None)
+    identity["weights"] = weights_fingerprint(model)
+    log.info(
+        "Base model %s: %s, %.0f M weights",
+        settings.name,
+        model.config.model_type,
+        model.num_parameters() / 1e6,
+    )
+    return BaseModel(model, tokenizer, published, license_, identity)
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """32 hex digits of the loaded weights' names, shapes, formats and bytes (XXH3, 128 bit).
+
+    By content, because a folder can be edited in place; about 10 GB a second.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _quantization(wanted: Quantization, machine: Machine) -> object | None:
+    if wanted is Quantization.none:
+        return None
+    try:
+        import bitsandbytes  # noqa: F401  # transformers would report its absence in the middle of loading
+    except ImportError as error:
+        raise UserError(
+            f"model.quantization={wanted.value} needs bitsandbytes: pip install 'dpo-lora[quantized]'."
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if wanted is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=machine.dtype,
+    )
+
+
+def _why_not(settings: ModelSettings, error: Exception) -> str:
+    name, text = settings.name, str(error)
+    if Path(name).is_dir():
+        return f"The folder {name} could not be loaded as a model: {text}"
+    if name.startswith((".", "/", "~")):
+        return f"There is no model folder {name}. Give an existing folder or a hub id such as Qwen/Qwen3-0.6B."
+    if "gated" in text or "401" in text or "403" in text:
+        return (
+            f"{name} is gated and this machine may not read it. Accept its licence on its hub page and log in "
+            "with 'hf auth login' (or set HF_TOKEN)."
+        )
+    return (
+        f"{name} is not on this machine and could not be fetched from the hub: {text.splitlines()[0]}\n"
+        "Check the id and the network; without one, use a local folder (model=hub model.name=FOLDER) "
+        "or the embedded model (model=smollm2-135m)."
+    )

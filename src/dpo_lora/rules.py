@@ -1,0 +1,126 @@
+"""The rules between settings that need nothing but the settings: checked once, before anything is written."""
+
+from __future__ import annotations
+
+import math
+
+from dpo_lora.errors import UserError
+from dpo_lora.schema import DataSource, ModelSource, Quantization, RunSettings
+
+
+def check(run: RunSettings) -> None:
+    """Refuse settings that cannot train, with the name, the value and what would do.
+
+    Raises:
+        UserError: naming the first rule that is broken.
+    """
+    for rules in (_lora, _dpo, _train, _data, _eval, _model):
+        rules(run)
+
+
+def _need(ok: bool, name: str, value: object, why: str) -> None:
+    if not ok:
+        raise UserError(f"{name}={value} cannot be: {why}")
+
+
+def _lora(run: RunSettings) -> None:
+    lora = run.lora
+    _need(lora.r >= 1, "lora.r", lora.r, "the rank is the number of directions learned, at least 1.")
+    _need(lora.alpha > 0, "lora.alpha", lora.alpha, "it scales the update and must be above 0.")
+    _need(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "a probability in [0, 1).")
+    _need(bool(lora.targets), "lora.targets", lora.targets, "name at least one module, or [all-linear].")
+
+
+def _dpo(run: RunSettings) -> None:
+    dpo = run.dpo
+    _need(
+        dpo.beta > 0 and math.isfinite(dpo.beta),
+        "dpo.beta",
+        dpo.beta,
+        "it weighs the pull to the reference and must be above 0 (0.01 to 0.5 is usual).",
+    )
+    _need(bool(dpo.loss_type), "dpo.loss_type", dpo.loss_type, "name at least one loss.")
+    if dpo.loss_weights is not None:
+        _need(
+            len(dpo.loss_weights) == len(dpo.loss_type),
+            "dpo.loss_weights",
+            dpo.loss_weights,
+            f"one weight for each of the {len(dpo.loss_type)} losses {dpo.loss_type}.",
+        )
+    _need(0 <= dpo.label_smoothing < 0.5, "dpo.label_smoothing", dpo.label_smoothing, "a share in [0, 0.5).")
+    if "exo_pair" in dpo.loss_type:
+        _need(
+            dpo.label_smoothing > 0,
+            "dpo.label_smoothing",
+            dpo.label_smoothing,
+            "EXO takes the logarithm of it; its paper uses 1e-3.",
+        )
+    if dpo.ld_alpha is not None:
+        _need(0 <= dpo.ld_alpha <= 1, "dpo.ld_alpha", dpo.ld_alpha, "a weight in [0, 1], or null for none.")
+
+
+def _train(run: RunSettings) -> None:
+    train = run.train
+    positive: list[tuple[str, float]] = [
+        ("pairs_per_step", train.pairs_per_step),
+        ("micro_batch", train.micro_batch),
+        ("learning_rate", train.learning_rate),
+        ("epochs", train.epochs),
+        ("log_every", train.log_every),
+        ("keep_checkpoints", train.keep_checkpoints),
+        ("max_grad_norm", train.max_grad_norm),
+    ]
+    for name, value in positive:
+        _need(value > 0 and math.isfinite(value), f"train.{name}", value, "it must be above 0.")
+    if train.max_steps is not None:
+        _need(
+            train.max_steps > 0,
+            "train.max_steps",
+            train.max_steps,
+            "at least 1, or null to go by train.epochs.",
+        )
+    if train.threads is not None:
+        _need(train.threads > 0, "train.threads", train.threads, "at least 1, or null for one a core.")
+    _need(0 <= train.warmup < 1, "train.warmup", train.warmup, "a share of all steps in [0, 1).")
+    _need(train.weight_decay >= 0, "train.weight_decay", train.weight_decay, "it must not be below 0.")
+    _need(train.save_every >= 0, "train.save_every", train.save_every, "steps between checkpoints, or 0.")
+    _need(run.seed >= 0, "seed", run.seed, "a whole number from 0.")
+
+
+def _data(run: RunSettings) -> None:
+    data = run.data
+    _need(
+        0 < data.heldout_share < 1,
+        "data.heldout_share",
+        data.heldout_share,
+        "a share of the prompts between 0 and 1, both left out.",
+    )
+    _need(data.max_length >= 2, "data.max_length", data.max_length, "room for one prompt and one answer token.")
+    for name in ("max_pairs", "max_heldout"):
+        value = getattr(data, name)
+        _need(value is None or value > 0, f"data.{name}", value, "at least 1, or null for all.")
+    _need(
+        bool(data.name) and all(c.isalnum() or c in "-_." for c in data.name) and not data.name.startswith("."),
+        "data.name",
+        data.name,
+        "it becomes part of a folder's name: letters, digits, '-', '_' and '.' only.",
+    )
+    _need(bool(data.path), "data.path", repr(data.path), "name the file or hub data set: data.path=PAIRS.jsonl.")
+    if data.source is not DataSource.hub:
+        _need(data.revision is None, "data.revision", data.revision, "only a hub data set has revisions.")
+
+
+def _eval(run: RunSettings) -> None:
+    _need(run.eval.every >= 0, "eval.every", run.eval.every, "steps between evaluations, or 0.")
+    _need(run.eval.batch >= 1, "eval.batch", run.eval.batch, "at least one pair at a time.")
+    _need(0 < run.eval.confidence < 1, "eval.confidence", run.eval.confidence, "a probability such as 0.95.")
+
+
+def _model(run: RunSettings) -> None:
+    if run.model.source is ModelSource.embedded:
+        _need(
+            run.model.quantization is Quantization.none,
+            "model.quantization",
+            run.model.quantization.value,
+            "the embedded model is small enough as it is; quantise a hub model instead.",
+        )

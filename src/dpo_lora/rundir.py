@@ -1,0 +1,252 @@
+"""A run's directory: its name, its lock, its files, its manifest and its status.
+
+Everything that anyone wants to know of a run later is read from here, so files are written whole
+(temporary file, fsync, rename) and never in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from dpo_lora.errors import UserError
+
+FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` (UTF-8) so that a reader or a crash sees the old or the new, never half.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is still there.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON; NaN and infinity become null, which every reader takes."""
+    write_atomic(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class RunDir:
+    """One run's files; :meth:`create` and :meth:`reopen` hold its lock, :func:`find` does not."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.settings_file = path / "settings.yaml"
+        self.manifest_file = path / "run.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.eval_file = path / "eval.json"
+        self.log_file = path / "train.log"
+        self.card_file = path / "README.md"
+        self.checkpoints = path / "checkpoints"
+        self._lock = FileLock(path / ".lock", timeout=0)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    # -- coming to life
+
+    @classmethod
+    def create(cls, settings: dict[str, Any], *, outputs: Path, name: str, path: Path | None = None) -> RunDir:
+        """Claim a directory that no other run has: ``path``, or ``outputs/<name>-<unix seconds>``.
+
+        Two runs started in the same second get different seconds, so the name stays one second long.
+
+        Raises:
+            UserError: ``path`` holds a run already, or the folder cannot be written.
+        """
+        try:
+            if path is None:
+                outputs.mkdir(parents=True, exist_ok=True)
+                path = _claim_second(outputs, name)
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path.resolve())
+            run._hold()
+            # Mode x is the claim itself: whoever creates this file owns the directory for good.
+            with run.settings_file.open("x", encoding="utf-8") as file:
+                yaml.safe_dump(settings, file, sort_keys=False, allow_unicode=True)
+        except FileExistsError as error:
+            raise UserError(
+                f"{path} already holds a run; a run never writes into another's directory. "
+                f"Continue it with 'dpo-lora resume {path}', or choose another run_dir."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"Cannot write a run into {path or outputs}: {error.strerror}. "
+                "Choose a writable folder with outputs=FOLDER."
+            ) from error
+        run.write_manifest({"status": RUNNING, "started": _now()})
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunDir:
+        """Take the lock of a run that is not running, to continue it.
+
+        Raises:
+            UserError: a live process holds it.
+        """
+        run = cls(path)
+        run._hold()
+        return run
+
+    def _hold(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{self.path} is in use by another process; wait for it to end, or start a new run."
+            ) from error
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def is_live(self) -> bool:
+        """Whether a process holds this run now: tells a running run from one whose process died."""
+        if not self._lock.lock_file or not Path(self._lock.lock_file).exists():
+            return False
+        probe = FileLock(self._lock.lock_file, timeout=0)
+        try:
+            probe.acquire()
+        except Timeout:
+            return True
+        probe.release()
+        return False
+
+    # -- what it says of itself
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings that this run was started with, as plain containers."""
+        return dict(yaml.safe_load(self.settings_file.read_text(encoding="utf-8")))
+
+    def manifest(self) -> dict[str, Any]:
+        return dict(json.loads(self.manifest_file.read_text(encoding="utf-8")))
+
+    def write_manifest(self, facts: dict[str, Any]) -> None:
+        """Merge ``facts`` into run.json, one level deep."""
+        known = self.manifest() if self.manifest_file.exists() else {}
+        for key, value in facts.items():
+            if isinstance(value, dict) and isinstance(known.get(key), dict):
+                known[key] = {**known[key], **value}
+            else:
+                known[key] = value
+        write_json(self.manifest_file, known)
+
+    def status(self) -> str:
+        """running, finished, failed or interrupted; a dead process' "running" reads as interrupted."""
+        status = str(self.manifest()["status"])
+        return INTERRUPTED if status == RUNNING and not self.is_live() else status
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """One line into metrics.jsonl, on the disk before this returns."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def trim_metrics(self, last_step: int) -> None:
+        """Drop the rows past ``last_step``, and a half-written last one, before a run is continued from there."""
+        if not self.metrics_file.exists():
+            return
+        kept = [row for row in read_jsonl(self.metrics_file) if row["step"] <= last_step]
+        write_atomic(self.metrics_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+    def point_latest(self) -> None:
+        """Make ``latest``, in the folder above, name this run."""
+        link = self.path.parent / "latest"
+        temporary = self.path.parent / f".latest-{os.getpid()}"
+        with contextlib.suppress(OSError):  # a file system without links: find() falls back to run.json
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(self.path.name)
+            temporary.replace(link)
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.path).free
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file this package wrote; a line cut off by a crash is the last one and is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def find(run: str, outputs: Path) -> RunDir:
+    """The run that people name: a path, a folder's name in ``outputs``, or ``latest``.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if run == "latest" and not Path(run).is_dir():
+        finished = [r for r in _runs(outputs) if r.manifest().get("status") == FINISHED]
+        if not finished:
+            raise UserError(f"No finished run in {outputs.resolve()}; start one with 'dpo-lora train'.")
+        return max(finished, key=lambda r: str(r.manifest().get("ended", "")))
+    for path in (Path(run), outputs / run):
+        if (path / "settings.yaml").is_file() and (path / "run.json").is_file():
+            return RunDir(path.resolve())
+    known = sorted(r.path.name for r in _runs(outputs))[-5:]
+    raise UserError(
+        f"{run} is no run directory: it has no settings.yaml and run.json. "
+        + (f"The newest in {outputs}: {', '.join(known)}." if known else f"There is none in {outputs} yet.")
+    )
+
+
+def _runs(outputs: Path) -> list[RunDir]:
+    """Runs and trials below ``outputs``, whatever their status."""
+    return [RunDir(p.parent) for depth in ("*", "*/*") for p in outputs.glob(f"{depth}/run.json")]
+
+
+def _claim_second(outputs: Path, name: str) -> Path:
+    second = int(time.time())
+    while True:
+        path = outputs / f"{name}-{second}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            second += 1
+        else:
+            return path
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def ended(status: str, **facts: Any) -> dict[str, Any]:
+    """The manifest's closing entries."""
+    return {"status": status, "ended": _now(), **facts}

@@ -1,0 +1,167 @@
+"""What a run can be told: names, types and units. The values live in conf/, the rules between them in rules.py.
+
+Every field is MISSING here, so that conf/ is the only place a value comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class ModelSource(Enum):
+    hub = "hub"  # a Hugging Face id, or a local folder in the same layout
+    embedded = "embedded"  # the model that the package client fetches: no account, no hub
+
+
+class Quantization(Enum):
+    none = "none"
+    int8 = "int8"  # LLM.int8(), bitsandbytes
+    nf4 = "nf4"  # QLoRA's 4-bit NormalFloat with double quantisation, bitsandbytes
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DType(Enum):
+    auto = "auto"  # bf16 on a GPU that has it, else fp32
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Schedule(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+
+
+class TrackerKind(Enum):
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+class TrackerMode(Enum):
+    auto = "auto"  # online when a key is known, else offline
+    online = "online"
+    offline = "offline"
+
+
+class DataSource(Enum):
+    shipped = "shipped"  # a file of data/
+    local = "local"  # a json, jsonl or parquet file of the user's
+    hub = "hub"  # a data set id on the Hugging Face hub
+
+
+@dataclass
+class ModelSettings:
+    name: str = MISSING  # hub id, local folder, or the name an embedded model is known by
+    source: ModelSource = MISSING
+    revision: str | None = MISSING  # branch, tag or commit; None: the default branch, pinned in run.json
+    quantization: Quantization = MISSING
+    attention: str = MISSING  # transformers' attn_implementation
+    trust_remote_code: bool = MISSING
+
+
+@dataclass
+class DataSettings:
+    name: str = MISSING  # goes into the run directory's name
+    source: DataSource = MISSING
+    path: str = MISSING  # file name in data/, file path, or hub id
+    revision: str | None = MISSING  # hub only
+    subset: str | None = MISSING  # hub configuration name
+    split: str = MISSING  # training split; a shipped or local file's rows carry it in column "split"
+    heldout_path: str | None = MISSING  # a second file of held-out pairs
+    heldout_split: str | None = MISSING  # None: hold out heldout_share of the prompts
+    heldout_share: float = MISSING  # in (0, 1), of distinct prompts
+    max_pairs: int | None = MISSING  # training pairs kept, a seeded choice; None: all
+    max_heldout: int | None = MISSING
+    max_length: int = MISSING  # tokens of prompt + answer kept, from the start
+
+
+@dataclass
+class LoraSettings:
+    r: int = MISSING
+    alpha: float = MISSING  # the update is scaled by alpha / r (alpha / sqrt(r) with rslora)
+    dropout: float = MISSING  # probability on the adapter's input; > 0 turns the model's dropout on too
+    targets: list[str] = MISSING  # module name endings, or the single word all-linear
+    rslora: bool = MISSING
+    dora: bool = MISSING
+    init: str = MISSING  # default or gaussian: both leave the base model as it is
+
+
+@dataclass
+class DpoSettings:
+    """Field names are TRL's own."""
+
+    loss_type: list[str] = MISSING
+    loss_weights: list[float] | None = MISSING
+    beta: float = MISSING  # strength of the pull to the reference; tau for IPO
+    label_smoothing: float = MISSING  # assumed share of flipped labels
+    f_divergence_type: str = MISSING
+    f_alpha_divergence_coef: float = MISSING
+    discopop_tau: float = MISSING
+    ld_alpha: float | None = MISSING  # weight of tokens past the shorter answer's length, in [0, 1]
+    use_weighting: bool = MISSING  # WPO
+
+
+@dataclass
+class TrainSettings:
+    device: Device = MISSING
+    dtype: DType = MISSING
+    threads: int | None = MISSING  # CPU threads; None: one per physical core, as torch does
+    epochs: float = MISSING
+    max_steps: int | None = MISSING  # optimizer steps; beats epochs when set
+    pairs_per_step: int = MISSING  # pairs behind each optimizer step, over all devices
+    micro_batch: int = MISSING  # pairs in memory at a time on each device; the result does not depend on it
+    learning_rate: float = MISSING
+    schedule: Schedule = MISSING
+    warmup: float = MISSING  # share of all steps
+    weight_decay: float = MISSING
+    max_grad_norm: float = MISSING
+    optimizer: str = MISSING  # transformers' optimizer name
+    gradient_checkpointing: bool = MISSING
+    log_every: int = MISSING  # optimizer steps
+    save_every: int = MISSING  # optimizer steps; 0: only when the run ends or is interrupted
+    keep_checkpoints: int = MISSING
+    deterministic: bool = MISSING  # refuse kernels whose result depends on the order of execution
+
+
+@dataclass
+class EvalSettings:
+    before: bool = MISSING  # score the held-out pairs before the first update
+    every: int = MISSING  # optimizer steps; 0: only before and after
+    batch: int = MISSING  # pairs in memory at a time; the scores do not depend on it
+    confidence: float = MISSING  # of every interval, in (0, 1)
+
+
+@dataclass
+class TrackingSettings:
+    kind: TrackerKind = MISSING
+    project: str = MISSING
+    entity: str | None = MISSING
+    group: str | None = MISSING
+    tags: list[str] = MISSING
+    mode: TrackerMode = MISSING
+    log_adapter: bool = MISSING  # upload the adapter as an artifact of the run
+
+
+@dataclass
+class RunSettings:
+    seed: int = MISSING
+    outputs: str = MISSING  # folder that runs are written into
+    run_dir: str | None = MISSING  # None: outputs/dpo-<data>-lora-output-<unix seconds>
+    parent: str | None = MISSING  # run directory or hub id of an adapter to go on from; it is the reference
+    model: ModelSettings = MISSING
+    data: DataSettings = MISSING
+    lora: LoraSettings = MISSING
+    dpo: DpoSettings = MISSING
+    train: TrainSettings = MISSING
+    eval: EvalSettings = MISSING
+    tracking: TrackingSettings = MISSING

@@ -1,0 +1,75 @@
+"""The one door from a composed config to settings, and from settings to plain values and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_lora import rules
+from dpo_lora.schema import RunSettings
+
+
+def from_hydra(cfg: DictConfig) -> RunSettings:
+    """The one door from a composed config to settings.
+
+    Composition alone lets ``+key=value`` past the schema, so the resolved values are merged into a
+    fresh schema: unknown keys, wrong types and missing values all stop here.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: an unknown key, a wrong type or a value left out.
+        UserError: a rule between settings is broken.
+    """
+    values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    merged = OmegaConf.merge(OmegaConf.structured(RunSettings), values)
+    settings = OmegaConf.to_object(merged)
+    assert isinstance(settings, RunSettings)
+    rules.check(settings)
+    return settings
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra under the name that conf/config.yaml lists first."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="run_schema", node=RunSettings)
+
+
+def setting_names(schema: type = RunSettings, prefix: str = "") -> list[str]:
+    """Every dotted name a command line may set, groups included: ``dpo``, ``dpo.beta``, ..."""
+    names = []
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        name = prefix + field.name
+        names.append(name)
+        if is_dataclass(hints[field.name]):
+            names += setting_names(hints[field.name], name + ".")
+    return names
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Settings as plain containers (enums by value), for YAML, JSON, W&B and checkpoints."""
+    return json.loads(json.dumps(asdict(settings), default=lambda value: value.value))
+
+
+def from_plain(values: dict[str, Any]) -> RunSettings:
+    """The settings of a saved run; the inverse of :func:`plain`."""
+    return from_hydra(OmegaConf.create(values))
+
+
+def fingerprint(settings: RunSettings) -> str:
+    """16 hex digits that name what a run computes: equal for equal results, blind to where they go.
+
+    The tracker, the output folders and the logging cadence are left out; everything that can move a
+    weight or a score is in.
+    """
+    values = plain(settings)
+    for blind in ("tracking", "outputs", "run_dir"):
+        values.pop(blind)
+    for blind in ("log_every", "save_every", "keep_checkpoints", "threads"):
+        values["train"].pop(blind)
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,145 @@
+"""Experiment trackers: opened by us, linked in the manifest, closed as what the run became."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpo_lora.errors import UserError
+from dpo_lora.rundir import RunDir
+from dpo_lora.schema import TrackerKind, TrackerMode, TrackingSettings
+
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where metrics also go; metrics.jsonl is the truth."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def adapter(self, folder: Path, name: str) -> None: ...
+
+    def link(self) -> dict[str, Any]: ...
+
+
+class NoTracker:
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        pass
+
+    def adapter(self, folder: Path, name: str) -> None:
+        pass
+
+    def link(self) -> dict[str, Any]:
+        return {"kind": "none"}
+
+
+class TensorBoardTracker:
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("tracking=tensorboard needs tensorboard: pip install 'dpo-lora[tensorboard]'.") from error
+        self.folder = folder
+        self.writer = SummaryWriter(str(folder))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def adapter(self, folder: Path, name: str) -> None:
+        log.warning("TensorBoard keeps no artifacts; tracking.log_adapter=true had no effect.")
+
+    def link(self) -> dict[str, Any]:
+        return {"kind": "tensorboard", "folder": str(self.folder)}
+
+
+class WandbTracker:
+    def __init__(self, run: Any, mode: str):
+        self.run, self.mode = run, mode
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log({**metrics, "trainer/step": step})
+
+    def adapter(self, folder: Path, name: str) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(name, type="model")
+        for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+            artifact.add_file(str(folder / file))
+        self.run.log_artifact(artifact)
+
+    def link(self) -> dict[str, Any]:
+        online = self.mode == "online"
+        return {
+            "kind": "wandb",
+            "mode": self.mode,
+            "id": self.run.id,
+            "url": self.run.url if online else None,
+            "folder": str(Path(self.run.dir).parent),
+        }
+
+
+@contextlib.contextmanager
+def open_tracker(
+    tracking: TrackingSettings, run: RunDir, sweep: Path | None, settings: dict[str, Any]
+) -> Iterator[Tracker]:
+    """A tracker for one run, closed at the end as finished or, on an exception, as crashed.
+
+    Args:
+        sweep: the sweep's directory for a trial: its trials share one folder of tracker files and one group.
+        settings: the run's settings as plain containers; holds no secrets, since none are settings.
+    """
+    folder = sweep or run.path
+    name = run.path.name if sweep is None else f"{sweep.name}-{run.path.name}"
+    if tracking.kind is TrackerKind.none:
+        yield NoTracker()
+    elif tracking.kind is TrackerKind.tensorboard:
+        board = TensorBoardTracker(folder / "tensorboard" / run.path.name)
+        with contextlib.closing(board.writer):
+            yield board
+    else:
+        import wandb
+
+        mode = _wandb_mode(tracking.mode)
+        group = tracking.group or (sweep.name if sweep else None)
+        # A resumed run goes on in the run it had, where the service can append to it.
+        before = run.manifest().get("tracker", {}).get("id") if mode == "online" else None
+        # As a context manager wandb marks a run that ends by an exception as crashed, and trial 2 of a
+        # sweep cannot write into trial 1's run.
+        with wandb.init(
+            project=tracking.project,
+            entity=tracking.entity,
+            group=group,
+            job_type="trial" if sweep else "train",
+            name=name,
+            tags=list(tracking.tags),
+            dir=str(folder),
+            config={"settings": settings},
+            mode=mode,
+            id=before,
+            resume="allow" if before else None,
+            settings=wandb.Settings(silent=True, console="off"),
+        ) as wandb_run:
+            wandb_run.define_metric("trainer/step")
+            wandb_run.define_metric("*", step_metric="trainer/step")
+            yield WandbTracker(wandb_run, mode)
+
+
+def _wandb_mode(wanted: TrackerMode) -> Any:
+    """online or offline, never unset: without a mode and a login wandb raises, or blocks on a menu."""
+    if wanted is not TrackerMode.auto:
+        return wanted.value
+    from_environment = os.environ.get("WANDB_MODE")
+    if from_environment in ("online", "offline", "disabled"):
+        return from_environment
+    import wandb
+
+    if os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False):
+        return "online"
+    log.info("No W&B key is known: logging offline ('wandb sync' uploads it later).")
+    return "offline"

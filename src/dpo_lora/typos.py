@@ -1,0 +1,69 @@
+"""From what Hydra and OmegaConf say of a mistyped override to what its author needs to read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from hydra.errors import MissingConfigException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from dpo_lora.errors import UserError, nearest
+from dpo_lora.settings import setting_names
+
+_HELP = "'dpo-lora train --help' lists every preset and setting."
+
+
+def explain(error: BaseException) -> str:
+    """One message: what was given, why it cannot be, the nearest valid names."""
+    for link in _chain(error):
+        if isinstance(link, UserError):
+            return str(link)
+        if isinstance(link, MissingConfigException):
+            return _missing_preset(link)
+        if isinstance(link, OmegaConfBaseException) and link.full_key:
+            return _bad_setting(link, str(link.full_key))
+    text = str(error).strip()
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    return _unknown_setting(unknown[1].split("@")[0]) if unknown else f"{text.splitlines()[0]} {_HELP}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _bad_setting(error: OmegaConfBaseException, key: str) -> str:
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return _unknown_setting(key)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} has no value: give one with {key}=VALUE."
+    reason = str(error.msg or error).splitlines()[0]
+    if isinstance(error, ValidationError):
+        return f"{key}: {reason}."
+    return f"{key}: {reason}"
+
+
+def _unknown_setting(key: str) -> str:
+    """Suggest by the last name part first: people know the name and forget the group, or misspell one of the two."""
+    names = setting_names()
+    by_leaf = [n for n in names if n.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    hint = f" Did you mean {', '.join(repr(n) for n in by_leaf[:3])}?" if by_leaf else nearest(key, names)
+    return f"There is no setting {key!r}.{hint} {_HELP}"
+
+
+def _missing_preset(error: MissingConfigException) -> str:
+    wanted = str(error.missing_cfg_file or "")
+    group, _, name = wanted.rpartition("/")
+    options = [str(o) for o in (error.options or [])]
+    if not group or not options:
+        return f"{str(error).splitlines()[0]} {_HELP}"
+    return f"There is no preset {group}={name}.{nearest(name, options)} There are: {', '.join(sorted(options))}."
