@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,17 @@ def run_hydra(entry: Callable[[], None], overrides: list[str] | None) -> None:
     try:
         entry()
     except (UserError, HydraException, OmegaConfBaseException) as error:
+        refuse(error)
+
+
+@contextlib.contextmanager
+def refusing(place: Place) -> Iterator[None]:
+    """End a single run at a user's mistake here, before Hydra adds its own lines; a trial's goes to its sweep."""
+    try:
+        yield
+    except (UserError, OmegaConfBaseException) as error:
+        if place.sweep is not None:
+            raise
         refuse(error)
 
 
