@@ -31,6 +31,8 @@ TYPOS = [
     (["~dpo.beta"], "dpo.beta"),
     (["data=local"], "data.path"),
     (["dpo.beta"], "dpo.beta"),
+    (["dpo.beta=0.1,0.2"], "add -m"),
+    (["-m", "dpo.beta=0.1,0.2", "--cfg", "job"], "Only one of"),
 ]
 
 

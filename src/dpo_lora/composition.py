@@ -84,6 +84,10 @@ def run_hydra(entry: Callable[[], None], overrides: list[str] | None) -> None:
         entry()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         refuse(error)
+    except ValueError as error:
+        if not str(error).startswith("Only one of --run"):  # flags that exclude each other
+            raise
+        refuse(error)
 
 
 @contextlib.contextmanager
