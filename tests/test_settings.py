@@ -38,7 +38,7 @@ TYPOS = [
 
 @pytest.mark.parametrize(("words", "meant"), TYPOS, ids=[" ".join(t[0]) for t in TYPOS])
 def test_a_typo_is_refused_with_what_was_meant(cli: CommandLine, tmp_path: Path, words: list[str], meant: str) -> None:
-    outcome = cli("train", *words, f"outputs={tmp_path}")
+    outcome = cli("train", f"outputs={tmp_path}", *words)
     assert outcome.code == 2
     assert meant in outcome.err
     assert "Traceback" not in outcome.err
