@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -78,6 +79,7 @@ def run_hydra(entry: Callable[[], None], overrides: list[str] | None) -> None:
     if overrides is not None:
         sys.argv = [sys.argv[0], *overrides]
     record_command("train", *sys.argv[1:])
+    sys.argv[1:] = _overrides_first(sys.argv[1:])
     # Hydra would print and exit by itself; with this it hands the exception over.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -88,6 +90,15 @@ def run_hydra(entry: Callable[[], None], overrides: list[str] | None) -> None:
         if not str(error).startswith("Only one of --run"):  # flags that exclude each other
             raise
         refuse(error)
+
+
+def _overrides_first(words: list[str]) -> list[str]:
+    """The same words with the flags last: Hydra refuses an override that follows a flag."""
+    overrides = get_args_parser().parse_intermixed_args(words).overrides
+    flags = list(words)
+    for override in overrides:
+        flags.remove(override)
+    return [*overrides, *flags]
 
 
 @contextlib.contextmanager
