@@ -113,8 +113,10 @@ def _logging(file: Path, console: Console) -> Iterator[None]:
         terminal = logging.StreamHandler(sys.stderr)
         terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(lambda record: getattr(record, "console", True))
-    root.addHandler(to_file)
-    ours.addHandler(terminal)
+    # Ours reach the file and the terminal once, whatever a caller (Hydra, a notebook) hung on the root.
+    ours.propagate = False
+    for logger, handler in ((root, to_file), (ours, to_file), (ours, terminal)):
+        logger.addHandler(handler)
     root.setLevel(logging.WARNING)
     ours.setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -123,8 +125,9 @@ def _logging(file: Path, console: Console) -> Iterator[None]:
             yield
     finally:
         logging.captureWarnings(False)
-        root.removeHandler(to_file)
-        ours.removeHandler(terminal)
+        for logger, handler in ((root, to_file), (ours, to_file), (ours, terminal)):
+            logger.removeHandler(handler)
+        ours.propagate = True
         to_file.close()
         root.setLevel(levels[0])
         ours.setLevel(levels[1])

@@ -7,6 +7,9 @@ import math
 from dpo_lora.errors import UserError
 from dpo_lora.schema import DataSource, ModelSource, Quantization, RunSettings
 
+# Attention kernels of the packed engine; named here so that a typo answers before torch is imported.
+KERNELS = ("auto", "sdpa", "block", "varlen", "flex")
+
 
 def check(run: RunSettings) -> None:
     """Refuse settings that cannot train, with the name, the value and what would do.
@@ -63,7 +66,7 @@ def _train(run: RunSettings) -> None:
     train = run.train
     positive: list[tuple[str, float]] = [
         ("pairs_per_step", train.pairs_per_step),
-        ("micro_batch", train.micro_batch),
+        ("reference_cache_gb", train.reference_cache_gb),
         ("learning_rate", train.learning_rate),
         ("epochs", train.epochs),
         ("log_every", train.log_every),
@@ -79,6 +82,16 @@ def _train(run: RunSettings) -> None:
             train.max_steps,
             "at least 1, or null to go by train.epochs.",
         )
+    if train.micro_batch is not None:
+        _need(train.micro_batch > 0, "train.micro_batch", train.micro_batch, "at least 1, or null.")
+    tokens = train.tokens_per_batch
+    _need(
+        tokens == "auto" or (isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0),
+        "train.tokens_per_batch",
+        tokens,
+        "a number of tokens from 1, or auto.",
+    )
+    _need(train.attention in KERNELS, "train.attention", train.attention, f"choose from {', '.join(KERNELS)}.")
     if train.threads is not None:
         _need(train.threads > 0, "train.threads", train.threads, "at least 1, or null for one a core.")
     _need(0 <= train.warmup < 1, "train.warmup", train.warmup, "a share of all steps in [0, 1).")

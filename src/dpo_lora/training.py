@@ -44,7 +44,8 @@ class Training:
         """Train to the end, or to the signal that stops it."""
         trainer = self._trainer(tracker)
         checkpoint = self._checkpoint()
-        self.run.write_manifest(self._facts(tracker))
+        trainer.prepare_reference(self.base.identity["weights"])
+        self.run.write_manifest(self._facts(tracker) | self._engine_facts(trainer))
         if checkpoint is None:
             self.run.metrics_file.unlink(missing_ok=True)
             trainer.check_start()
@@ -161,6 +162,10 @@ class Training:
                 "history": history,
             },
         )
+
+    def _engine_facts(self, trainer: PairTrainer) -> dict[str, Any]:
+        use = None if trainer.reference_use is None else trainer.reference_use.describe()
+        return {"engine": {**trainer.engine.describe(), "reference_cache": use}}
 
     def _facts(self, tracker: Tracker) -> dict[str, Any]:
         base = {"name": self.base.name, "license": self.base.license, "identity": self.base.identity}

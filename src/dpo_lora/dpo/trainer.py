@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,16 @@ from transformers import PrinterCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_lora.callbacks import NotFiniteError
+from dpo_lora.dpo.engines import (
+    REFERENCE,
+    ReferenceUse,
+    attach_reference,
+    choose_engine,
+    token_budget,
+    warn_inseparable,
+)
 from dpo_lora.dpo.saving import WholeCheckpoints
+from dpo_lora.engine.batching import MicroBatch, cut, pair_tokens, separable
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation.scores import PairScores
 from dpo_lora.schema import RunSettings
@@ -50,7 +60,7 @@ class PairTrainer(WholeCheckpoints):
         self.pairs_seen = 0
         self.tokens_seen = 0
         self._tokens_logged, self._time_logged = 0, time.monotonic()
-        self._reference: dict[str, tuple[float, float]] = {}  # held-out reference log-probabilities, by id
+        self._reference: dict[int, tuple[float, ...]] = {}  # held-out reference log-probabilities, by place
         self.collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
         super().__init__(
             keep_checkpoints=run.train.keep_checkpoints,
@@ -61,7 +71,25 @@ class PairTrainer(WholeCheckpoints):
             data_collator=lambda rows: {"rows": rows},
             **kwargs,
         )
+        self.budget = token_budget(run, self.args.device.type == "cpu")
+        self.engine = choose_engine(self)
+        self.reference_use: ReferenceUse | None = None
+        warn_inseparable(run)
         self.remove_callback(PrinterCallback)  # prints every log row; ProgressLine speaks for us
+
+    def prepare_reference(self, weights: str) -> None:
+        """Take the reference's log-probabilities from the cache, where settings and engine allow.
+
+        Args:
+            weights: fingerprint of the base weights.
+        """
+        if not self.run.train.reference_cache or self.engine.packed is None:
+            return
+        ld_alpha = self.run.dpo.ld_alpha
+        self.train_dataset, train = attach_reference(self, self.train_dataset, weights, ld_alpha)
+        self.heldout, heldout = attach_reference(self, self.heldout, weights, None)
+        self.precompute_ref_logps = True  # TRL then reads the columns instead of running the reference
+        self.reference_use = ReferenceUse(train.found + heldout.found, train.computed + heldout.computed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset  # preferences/ has done it
@@ -69,36 +97,50 @@ class PairTrainer(WholeCheckpoints):
     # -- training
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one optimizer step's pairs, ``train.micro_batch`` in memory at a time.
+        """Forward and backward of one optimizer step's pairs, as many in memory at a time as fit.
 
         Each micro-batch's mean loss weighs by its share of the pairs, so that the gradient is the
-        mean over the step's pairs however they are cut.
+        mean over the step's pairs however they are cut. Out of memory, the step is cut finer and
+        done again; the optimizer has not moved by then.
         """
         model.train()
         rows = inputs["rows"]
-        cuts = self._cut(rows)
-        total = torch.zeros((), device=self.args.device)
-        for number, cut in enumerate(cuts):
-            last = number == len(cuts) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.maybe_activation_offload_context, self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, self._batch(cut))
-                share = len(cut) / len(rows)
-                self._require_finite(loss)
-                self.accelerator.backward(loss * share)
-                total += loss.detach() * share
-        self._merge_metrics([len(cut) for cut in cuts])
+        noted = {name: len(values) for name, values in self._metrics["train"].items()}
+
+        def forward_backward(cuts: list[MicroBatch]) -> torch.Tensor:
+            total = torch.zeros((), device=self.args.device)
+            parts = [part for batch in cuts for part in self._at_most_micro_batch(batch.pairs)]
+            for number, part in enumerate(parts):
+                last = number == len(parts) - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    with self.maybe_activation_offload_context, self.compute_loss_context_manager():
+                        loss = self.compute_loss(model, self.batch([rows[i] for i in part]))
+                    share = len(part) / len(rows)
+                    self._require_finite(loss)
+                    self.accelerator.backward(loss * share)
+                    total += loss.detach() * share
+            self._merge_metrics([len(part) for part in parts])
+            return total
+
+        def forget() -> None:
+            model.zero_grad()
+            for name, values in self._metrics["train"].items():
+                del values[noted.get(name, 0) :]
+
+        sizes = [pair_tokens(row) for row in rows]
+        if separable(self.loss_types, self.aux_loss_enabled):
+            total = self.budget.run(sizes, forward_backward, forget)
+        else:  # a loss that looks across pairs sees them all at once, unless micro_batch says otherwise
+            total = forward_backward(cut(sizes, None))
         self.pairs_seen += len(rows)
         self.tokens_seen += sum(len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
         return total
 
-    def _cut(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """Micro-batches of like lengths, so that little is padded."""
-        size = self.run.train.micro_batch
-        ordered = sorted(rows, key=lambda r: len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])))
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    def _at_most_micro_batch(self, pairs: Sequence[int]) -> list[Sequence[int]]:
+        size = self.run.train.micro_batch or len(pairs)
+        return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
-    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {k: v.to(self.args.device) for k, v in self.collate(rows).items()}
 
     def _require_finite(self, loss: torch.Tensor) -> None:
@@ -145,15 +187,15 @@ class PairTrainer(WholeCheckpoints):
         for start in range(0, len(mine), self.run.eval.batch):
             indices = mine[start : start + self.run.eval.batch]
             batch_rows = [rows[i] for i in indices]
-            batch = self._batch(batch_rows)
+            batch = self.batch(batch_rows)
             policy = self._logps(batch)
-            keys = [str(r["id"]) for r in batch_rows]
-            if all(key in self._reference for key in keys):
-                reference = [self._reference[key] for key in keys]
+            if REFERENCE[0] in rows.column_names:
+                reference = [tuple(r[column] for column in REFERENCE) for r in batch_rows]
+            elif all(i in self._reference for i in indices):
+                reference = [self._reference[i] for i in indices]
             else:
-                chosen, rejected = self.compute_ref_log_probs(self.model, batch)
-                reference = list(zip(chosen.double().tolist(), rejected.double().tolist(), strict=True))
-                self._reference.update(zip(keys, reference, strict=True))
+                reference = self._reference_logps(batch)
+                self._reference.update(zip(indices, reference, strict=True))
             found += [(i, (*p, *r)) for i, p, r in zip(indices, policy, reference, strict=True)]
         if self.accelerator.num_processes > 1:
             found = gather_object(found)
@@ -169,6 +211,15 @@ class PairTrainer(WholeCheckpoints):
             np.asarray([len(ids) for ids in rows["chosen_ids"]], dtype=np.int64),
             np.asarray([len(ids) for ids in rows["rejected_ids"]], dtype=np.int64),
         )
+
+    def _reference_logps(self, batch: dict[str, torch.Tensor]) -> list[tuple[float, ...]]:
+        # Scores are plain sums over tokens; TRL would weigh the reference's by ld_alpha, as in the loss.
+        ld_alpha, self.ld_alpha = self.ld_alpha, None
+        try:
+            chosen, rejected = self.compute_ref_log_probs(self.model, batch)
+        finally:
+            self.ld_alpha = ld_alpha
+        return list(zip(chosen.double().tolist(), rejected.double().tolist(), strict=True))
 
     def _logps(self, batch: dict[str, torch.Tensor]) -> list[tuple[float, float]]:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
@@ -201,8 +252,7 @@ class PairTrainer(WholeCheckpoints):
         Raises:
             UserError: they differ, so every number of the run would be measured from a wrong zero.
         """
-        few = self.train_dataset.select(range(min(4, len(self.train_dataset))))
-        scores = self.score(few)
+        scores = self.score(self.heldout.select(range(min(4, len(self.heldout)))))
         tokens = scores.tokens_chosen + scores.tokens_rejected
         off = float(np.max(np.abs(scores.margins) / tokens))
         # Rounding of the format the model computes in, per token; a moved base is off by far more.
