@@ -62,6 +62,10 @@ def binding(checkpoint: Path) -> dict[str, str]:
     return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["binding"])
 
 
+def at_step(folder: Path, step: int) -> Path:
+    return folder / f"{_PREFIX}{step}"
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ class RunDir:
         self.manifest_file = path / "run.json"
         self.metrics_file = path / "metrics.jsonl"
         self.eval_file = path / "eval.json"
+        self.eval_pairs_file = path / "eval_pairs.jsonl"
+        self.samples_file = path / "samples.jsonl"
+        self.report_file = path / "report.html"
         self.log_file = path / "train.log"
         self.card_file = path / "README.md"
         self.checkpoints = path / "checkpoints"
@@ -170,17 +173,11 @@ class RunDir:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line into metrics.jsonl, on the disk before this returns."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_jsonl(self.metrics_file, [row])
 
     def trim_metrics(self, last_step: int) -> None:
         """Drop the rows past ``last_step``, and a half-written last one, before a run is continued from there."""
-        if not self.metrics_file.exists():
-            return
-        kept = [row for row in read_jsonl(self.metrics_file) if row["step"] <= last_step]
-        write_atomic(self.metrics_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        trim_jsonl(self.metrics_file, last_step)
 
     def point_latest(self) -> None:
         """Make ``latest``, in the folder above, name this run."""
@@ -193,6 +190,22 @@ class RunDir:
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.path).free
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add one line a row, on the disk before this returns; NaN and infinity become null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def trim_jsonl(path: Path, last_step: int) -> None:
+    """Drop the rows past ``last_step``, and a half-written last one; no file stays no file."""
+    if not path.exists():
+        return
+    kept = [row for row in read_jsonl(path) if row["step"] <= last_step]
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

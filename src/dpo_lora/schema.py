@@ -130,6 +130,8 @@ class TrainSettings:
     log_every: int = MISSING  # optimizer steps
     save_every: int = MISSING  # optimizer steps; 0: only when the run ends or is interrupted
     keep_checkpoints: int = MISSING
+    keep_best: str | None = MISSING  # held-out metric such as eval/accuracy: its best adapter is kept; None: the last
+    patience: int | None = MISSING  # evaluations without a better keep_best before training stops; None: never
     deterministic: bool = MISSING  # refuse kernels whose result depends on the order of execution
 
 

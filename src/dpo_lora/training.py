@@ -10,16 +10,17 @@ from typing import Any
 from rich.console import Console
 
 from dpo_lora import checkpoints, lineage
-from dpo_lora.callbacks import FiniteGuard, MetricsLog, ProgressLine, StopAtStepEnd, StopSignal
+from dpo_lora.callbacks import BestCheckpoint, FiniteGuard, MetricsLog, ProgressLine, StopAtStepEnd, StopSignal
 from dpo_lora.device import Machine
 from dpo_lora.dpo.arguments import arguments
 from dpo_lora.dpo.trainer import PairTrainer
 from dpo_lora.errors import UserError
+from dpo_lora.evaluation.record import Record
 from dpo_lora.lineage import Parent
 from dpo_lora.model import BaseModel
 from dpo_lora.preferences.pairs import Pairs
 from dpo_lora.reports import card, closing
-from dpo_lora.rundir import RunDir, write_json
+from dpo_lora.rundir import RunDir
 from dpo_lora.schema import RunSettings
 from dpo_lora.settings import fingerprint
 from dpo_lora.tracking import Tracker
@@ -42,26 +43,27 @@ class Training:
 
     def execute(self, tracker: Tracker) -> None:
         """Train to the end, or to the signal that stops it."""
-        trainer = self._trainer(tracker)
+        record = Record(self.run, self.settings, writes=self.machine.is_main)
+        trainer = self._trainer(tracker, record)
         checkpoint = self._checkpoint()
         self.run.write_manifest(self._facts(tracker))
         if checkpoint is None:
             self.run.metrics_file.unlink(missing_ok=True)
+            record.clear()
             trainer.check_start()
             if self.settings.eval.before:
                 trainer.evaluate()
-                self._write_evaluation(trainer)
         else:
             step = checkpoints.step_of(checkpoint)
             self.run.trim_metrics(step)
-            trainer.history = [row for row in self._saved_history() if row["step"] <= step]
+            record.restore(step)
         begun = time.monotonic()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self.timings["training_seconds"] = round(time.monotonic() - begun, 3)
         if self.stop.received is None:
-            self._finish(trainer, tracker)
+            self._finish(trainer, record, tracker)
 
-    def _trainer(self, tracker: Tracker) -> PairTrainer:
+    def _trainer(self, tracker: Tracker, record: Record) -> PairTrainer:
         is_fresh = self.parent is None
         policy = (
             self.base.model
@@ -77,9 +79,11 @@ class Training:
             train_rows=self.pairs.train,
             heldout_rows=self.pairs.heldout,
             binding=self._binding(),
+            record=record,
             callbacks=[
                 FiniteGuard(),
                 StopAtStepEnd(self.stop),
+                BestCheckpoint(record, self.settings.train.patience),
                 MetricsLog(self.run, tracker),
                 ProgressLine(self.console),
             ],
@@ -111,19 +115,12 @@ class Training:
             )
         return newest
 
-    def _saved_history(self) -> list[dict[str, Any]]:
-        import json
-
-        if not self.run.eval_file.exists():
-            return []
-        return list(json.loads(self.run.eval_file.read_text(encoding="utf-8"))["history"])
-
-    def _finish(self, trainer: PairTrainer, tracker: Tracker) -> None:
-        if not trainer.history or trainer.history[-1]["step"] != trainer.state.global_step:
+    def _finish(self, trainer: PairTrainer, record: Record, tracker: Tracker) -> None:
+        if not record.has(trainer.state.global_step):
             trainer.evaluate()
+        self._take_best(trainer, record)
         if not trainer.is_world_process_zero():
             return
-        self._write_evaluation(trainer)
         self.base.tokenizer.save_pretrained(self.run.path)
         trainer.save_adapter(self.run.path)
         seconds = self.timings["training_seconds"]
@@ -145,22 +142,14 @@ class Training:
             tracker.adapter(self.run.path, self.run.path.name)
         closing.show(self.run, self.console)
 
-    def _write_evaluation(self, trainer: PairTrainer) -> None:
-        if not trainer.is_world_process_zero():
+    def _take_best(self, trainer: PairTrainer, record: Record) -> None:
+        """Go back to the best evaluation's adapter where train.keep_best asks for it."""
+        best = record.best_step()
+        if best is None:
             return
-        history, scores = trainer.history, trainer.scores
-        assert scores is not None
-        confidence = self.settings.eval.confidence
-        write_json(
-            self.run.eval_file,
-            {
-                "confidence": confidence,
-                "before": history[0] if history[0]["step"] == 0 else None,
-                "after": history[-1],
-                "baselines": scores.baselines(confidence),
-                "history": history,
-            },
-        )
+        if best != trainer.state.global_step:
+            trainer.load_adapter(checkpoints.at_step(self.run.checkpoints, best))
+        record.keep_best()
 
     def _facts(self, tracker: Tracker) -> dict[str, Any]:
         base = {"name": self.base.name, "license": self.base.license, "identity": self.base.identity}

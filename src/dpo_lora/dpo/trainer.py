@@ -20,11 +20,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import use_adapter
 
 from dpo_lora import checkpoints
 from dpo_lora.callbacks import NotFiniteError
 from dpo_lora.errors import UserError
-from dpo_lora.evaluation.scores import PairScores
+from dpo_lora.evaluation.record import Record
+from dpo_lora.evaluation.scores import PairScores, pair_hash
 from dpo_lora.schema import RunSettings
 
 
@@ -45,17 +47,17 @@ class PairTrainer(trl.DPOTrainer):
         train_rows: Dataset,
         heldout_rows: Dataset,
         binding: dict[str, str],
+        record: Record | None,
         **kwargs: Any,
     ):
         self.run = run
         self.heldout = heldout_rows
         self.binding = binding
-        self.history: list[dict[str, Any]] = []  # every evaluation's summary, with its step
-        self.scores: PairScores | None = None  # of the last evaluation
+        self.record = record  # of every evaluation; None for a trainer that only scores
         self.pairs_seen = 0
         self.tokens_seen = 0
         self._tokens_logged, self._time_logged = 0, time.monotonic()
-        self._reference: dict[str, tuple[float, float]] = {}  # held-out reference log-probabilities, by id
+        self._reference: dict[str, tuple[float, float]] = {}  # reference log-probabilities, by pair_hash
         self.collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
         super().__init__(
             args=args,
@@ -151,33 +153,35 @@ class PairTrainer(trl.DPOTrainer):
             batch_rows = [rows[i] for i in indices]
             batch = self._batch(batch_rows)
             policy = self._logps(batch)
-            keys = [str(r["id"]) for r in batch_rows]
+            keys = [pair_hash(r) for r in batch_rows]
             if all(key in self._reference for key in keys):
                 reference = [self._reference[key] for key in keys]
             else:
-                chosen, rejected = self.compute_ref_log_probs(self.model, batch)
-                reference = list(zip(chosen.double().tolist(), rejected.double().tolist(), strict=True))
+                with self.as_reference() as model:
+                    reference = self._logps(batch, model)
                 self._reference.update(zip(keys, reference, strict=True))
             found += [(i, (*p, *r)) for i, p, r in zip(indices, policy, reference, strict=True)]
         if self.accelerator.num_processes > 1:
             found = gather_object(found)
         self.model.train(was_training)
         values = np.asarray([v for _, v in sorted(found)], dtype=np.float64).reshape(-1, 4)
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected = values.T
-        return PairScores(
-            [str(i) for i in rows["id"]],
-            policy_chosen,
-            policy_rejected,
-            reference_chosen,
-            reference_rejected,
-            np.asarray([len(ids) for ids in rows["chosen_ids"]], dtype=np.int64),
-            np.asarray([len(ids) for ids in rows["rejected_ids"]], dtype=np.int64),
-        )
+        return PairScores.of(rows, values)
 
-    def _logps(self, batch: dict[str, torch.Tensor]) -> list[tuple[float, float]]:
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The reference model: the base without the adapter, a parent's frozen copy, or a model of its own."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            yield self.model
+
+    def _logps(self, batch: dict[str, torch.Tensor], model: Any = None) -> list[tuple[float, float]]:
+        """Plain sums over answer tokens: TRL's own reference pass would weigh them by ld_alpha."""
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         with torch.no_grad(), self.accelerator.autocast():
-            output = self.model(
+            output = (self.model if model is None else model)(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 use_cache=False,
@@ -188,13 +192,9 @@ class PairTrainer(trl.DPOTrainer):
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score the held-out pairs exactly, log the figures and keep the summary."""
-        self.scores = self.score(self.heldout)
-        summary = self.scores.summary(self.run.dpo.beta, self.run.eval.confidence)
-        self.history.append({"step": self.state.global_step, **summary})
-        low, high = summary["accuracy_interval"]
-        metrics = {f"eval/{k}": v for k, v in summary.items() if isinstance(v, int | float)}
-        metrics |= {"eval/accuracy_low": low, "eval/accuracy_high": high}
+        """Score the held-out pairs exactly, record the figures and log them."""
+        assert self.record is not None
+        metrics = self.record.add(self.state.global_step, self.score(self.heldout))
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -242,7 +242,9 @@ class PairTrainer(trl.DPOTrainer):
         if self.args.should_save:
             staged = staging / f"checkpoint-{self.state.global_step}"
             checkpoints.seal(staged, folder, self.binding)
-            checkpoints.rotate(folder, self.run.train.keep_checkpoints)
+            best = None if self.record is None else self.record.best_step()
+            protected = None if best is None else checkpoints.at_step(folder, best)
+            checkpoints.rotate(folder, self.run.train.keep_checkpoints, protected)
             checkpoints.clear_staging(folder)
 
     @contextlib.contextmanager
@@ -255,6 +257,10 @@ class PairTrainer(trl.DPOTrainer):
             yield staging
         finally:
             self.args.output_dir = str(folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Replace the trained adapter by the one saved in ``folder``."""
+        self._load_from_checkpoint(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Only the trained adapter: the reference copy of a parent's adapter is the parent's, not the checkpoint's.
