@@ -133,6 +133,8 @@ def _eval(run: RunSettings) -> None:
     _need(run.eval.every >= 0, "eval.every", run.eval.every, "steps between evaluations, or 0.")
     _need(run.eval.batch >= 1, "eval.batch", run.eval.batch, "at least one pair at a time.")
     _need(0 < run.eval.confidence < 1, "eval.confidence", run.eval.confidence, "a probability such as 0.95.")
+    _need(run.eval.samples >= 0, "eval.samples", run.eval.samples, "a number of prompts, or 0 for none.")
+    _need(run.eval.sample_tokens >= 1, "eval.sample_tokens", run.eval.sample_tokens, "at least one token.")
 
 
 def _model(run: RunSettings) -> None:

@@ -141,6 +141,11 @@ class EvalSettings:
     every: int = MISSING  # optimizer steps; 0: only before and after
     batch: int = MISSING  # pairs in memory at a time; the scores do not depend on it
     confidence: float = MISSING  # of every interval, in (0, 1)
+    prompts: list[str] = MISSING  # user turns to answer before and after; empty: held-out prompts
+    samples: int = MISSING  # held-out prompts to answer; 0: none
+    sample_tokens: int = MISSING  # most tokens of an answer
+    sample_each: bool = MISSING  # answer at every evaluation too, not only at the end
+    report: bool = MISSING  # write report.html when the run ends, however it ends
 
 
 @dataclass

@@ -71,5 +71,6 @@ def fingerprint(settings: RunSettings) -> str:
         values.pop(blind)
     for blind in ("log_every", "save_every", "keep_checkpoints", "threads"):
         values["train"].pop(blind)
+    values["eval"].pop("report")
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -16,11 +16,12 @@ from dpo_lora.dpo.arguments import arguments
 from dpo_lora.dpo.trainer import PairTrainer
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation.record import Record
+from dpo_lora.evaluation.sampler import Sampler
 from dpo_lora.lineage import Parent
 from dpo_lora.model import BaseModel
 from dpo_lora.preferences.pairs import Pairs
 from dpo_lora.reports import card, closing
-from dpo_lora.rundir import RunDir
+from dpo_lora.rundir import RunDir, trim_jsonl
 from dpo_lora.schema import RunSettings
 from dpo_lora.settings import fingerprint
 from dpo_lora.tracking import Tracker
@@ -44,12 +45,15 @@ class Training:
     def execute(self, tracker: Tracker) -> None:
         """Train to the end, or to the signal that stops it."""
         record = Record(self.run, self.settings, writes=self.machine.is_main)
-        trainer = self._trainer(tracker, record)
+        texts = self.pairs.heldout_texts
+        sampler = Sampler(self.run, self.settings, texts, self.base.tokenizer, record, tracker)
+        trainer = self._trainer(tracker, record, sampler)
         checkpoint = self._checkpoint()
         self.run.write_manifest(self._facts(tracker))
         if checkpoint is None:
             self.run.metrics_file.unlink(missing_ok=True)
             record.clear()
+            self.run.samples_file.unlink(missing_ok=True)
             trainer.check_start()
             if self.settings.eval.before:
                 trainer.evaluate()
@@ -57,13 +61,14 @@ class Training:
             step = checkpoints.step_of(checkpoint)
             self.run.trim_metrics(step)
             record.restore(step)
+            trim_jsonl(self.run.samples_file, step)
         begun = time.monotonic()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self.timings["training_seconds"] = round(time.monotonic() - begun, 3)
         if self.stop.received is None:
-            self._finish(trainer, record, tracker)
+            self._finish(trainer, record, sampler, tracker)
 
-    def _trainer(self, tracker: Tracker, record: Record) -> PairTrainer:
+    def _trainer(self, tracker: Tracker, record: Record, sampler: Sampler) -> PairTrainer:
         is_fresh = self.parent is None
         policy = (
             self.base.model
@@ -80,6 +85,7 @@ class Training:
             heldout_rows=self.pairs.heldout,
             binding=self._binding(),
             record=record,
+            sampler=sampler,
             callbacks=[
                 FiniteGuard(),
                 StopAtStepEnd(self.stop),
@@ -115,10 +121,10 @@ class Training:
             )
         return newest
 
-    def _finish(self, trainer: PairTrainer, record: Record, tracker: Tracker) -> None:
+    def _finish(self, trainer: PairTrainer, record: Record, sampler: Sampler, tracker: Tracker) -> None:
         if not record.has(trainer.state.global_step):
             trainer.evaluate()
-        self._take_best(trainer, record)
+        sampler.take(trainer, self._take_best(trainer, record))
         if not trainer.is_world_process_zero():
             return
         self.base.tokenizer.save_pretrained(self.run.path)
@@ -142,14 +148,15 @@ class Training:
             tracker.adapter(self.run.path, self.run.path.name)
         closing.show(self.run, self.console)
 
-    def _take_best(self, trainer: PairTrainer, record: Record) -> None:
-        """Go back to the best evaluation's adapter where train.keep_best asks for it."""
+    def _take_best(self, trainer: PairTrainer, record: Record) -> int:
+        """Go back to the best evaluation's adapter where train.keep_best asks for it; the step of the one kept."""
         best = record.best_step()
         if best is None:
-            return
+            return trainer.state.global_step
         if best != trainer.state.global_step:
             trainer.load_adapter(checkpoints.at_step(self.run.checkpoints, best))
         record.keep_best()
+        return best
 
     def _facts(self, tracker: Tracker) -> dict[str, Any]:
         base = {"name": self.base.name, "license": self.base.license, "identity": self.base.identity}

@@ -26,6 +26,7 @@ from dpo_lora import checkpoints
 from dpo_lora.callbacks import NotFiniteError
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation.record import Record
+from dpo_lora.evaluation.sampler import Sampler
 from dpo_lora.evaluation.scores import PairScores, pair_hash
 from dpo_lora.schema import RunSettings
 
@@ -48,12 +49,14 @@ class PairTrainer(trl.DPOTrainer):
         heldout_rows: Dataset,
         binding: dict[str, str],
         record: Record | None,
+        sampler: Sampler | None,
         **kwargs: Any,
     ):
         self.run = run
         self.heldout = heldout_rows
         self.binding = binding
         self.record = record  # of every evaluation; None for a trainer that only scores
+        self.sampler = sampler
         self.pairs_seen = 0
         self.tokens_seen = 0
         self._tokens_logged, self._time_logged = 0, time.monotonic()
@@ -188,7 +191,7 @@ class PairTrainer(trl.DPOTrainer):
                 labels=labels,
                 fused_lm_head=True,
             )
-        chosen, rejected = output.log_probs.sum(dim=1).double().chunk(2)
+        chosen, rejected = output.log_probs.double().sum(dim=1).chunk(2)
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -196,6 +199,8 @@ class PairTrainer(trl.DPOTrainer):
         assert self.record is not None
         metrics = self.record.add(self.state.global_step, self.score(self.heldout))
         self.log(dict(metrics))
+        if self.sampler is not None:
+            self.sampler.after_evaluation(self)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -32,8 +32,8 @@ def wilson_interval(share: float, count: int, confidence: float = 0.95) -> tuple
     scale = 1 + z * z / count
     centre = (share + z * z / (2 * count)) / scale
     half = z * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
-    # At a share of 0 or 1 the bound is exactly 0 or 1; rounding would leave it 1e-17 off.
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    # At a share of 0 or 1 the bound is exactly 0 or 1; rounding would leave it 1e-16 off.
+    return 0.0 if share == 0 else float(centre - half), 1.0 if share == 1 else float(centre + half)
 
 
 def mean_interval(values: Array, confidence: float = 0.95) -> tuple[float, float]:
