@@ -83,6 +83,24 @@ def _typed() -> Iterator[str]:
 
 
 @app.command()
+def report(
+    target: Annotated[str, typer.Argument(help="A run, or a folder of runs such as 'outputs'.")] = "latest",
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Write a run's report.html, or the index.html of a folder of runs; prints its path."""
+    from dpo_lora import rundir
+    from dpo_lora.reports import index
+    from dpo_lora.reports import report as room
+
+    if Path(target).is_dir() and not (Path(target) / "run.json").is_file():
+        typer.echo(index.write(Path(target)))
+        return
+    found = rundir.find(target, outputs)
+    room.write(found)
+    typer.echo(found.report_file)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)

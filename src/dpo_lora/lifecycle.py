@@ -76,6 +76,10 @@ def running(run: RunDir, console: Console) -> Iterator[StopSignal]:
             with contextlib.suppress(OSError):  # a full disk: the reason is already on its way up
                 seconds = round(time.monotonic() - begun, 3)
                 run.write_manifest(ended(status, reason=reason or None, timings={"total_seconds": seconds}))
+                if run.settings()["eval"]["report"]:
+                    from dpo_lora.reports import report
+
+                    report.write(run)
             run.release()
 
 

@@ -151,7 +151,8 @@ class RunDir:
 
     def settings(self) -> dict[str, Any]:
         """The resolved settings that this run was started with, as plain containers."""
-        return dict(yaml.safe_load(self.settings_file.read_text(encoding="utf-8")))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, ten times faster, where it is built in
+        return dict(yaml.load(self.settings_file.read_text(encoding="utf-8"), Loader=loader))
 
     def manifest(self) -> dict[str, Any]:
         return dict(json.loads(self.manifest_file.read_text(encoding="utf-8")))
@@ -225,23 +226,24 @@ def find(run: str, outputs: Path) -> RunDir:
         UserError: there is no such run.
     """
     if run == "latest" and not Path(run).is_dir():
-        finished = [r for r in _runs(outputs) if r.manifest().get("status") == FINISHED]
+        finished = [r for r in runs(outputs) if r.manifest().get("status") == FINISHED]
         if not finished:
             raise UserError(f"No finished run in {outputs.resolve()}; start one with 'dpo-lora train'.")
         return max(finished, key=lambda r: str(r.manifest().get("ended", "")))
     for path in (Path(run), outputs / run):
         if (path / "settings.yaml").is_file() and (path / "run.json").is_file():
             return RunDir(path.resolve())
-    known = sorted(r.path.name for r in _runs(outputs))[-5:]
+    known = sorted(r.path.name for r in runs(outputs))[-5:]
     raise UserError(
         f"{run} is no run directory: it has no settings.yaml and run.json. "
         + (f"The newest in {outputs}: {', '.join(known)}." if known else f"There is none in {outputs} yet.")
     )
 
 
-def _runs(outputs: Path) -> list[RunDir]:
+def runs(outputs: Path) -> list[RunDir]:
     """Runs and trials below ``outputs``, whatever their status."""
-    return [RunDir(p.parent) for depth in ("*", "*/*") for p in outputs.glob(f"{depth}/run.json")]
+    found = (p.parent for depth in ("*", "*/*") for p in outputs.glob(f"{depth}/run.json"))
+    return [RunDir(path) for path in found if path.name != "latest"]
 
 
 def _claim_second(outputs: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, fields, is_dataclass
@@ -10,6 +11,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lora import rules
+from dpo_lora.resources import conf_dir
 from dpo_lora.schema import RunSettings
 
 
@@ -58,6 +60,20 @@ def plain(settings: Any) -> dict[str, Any]:
 def from_plain(values: dict[str, Any]) -> RunSettings:
     """The settings of a saved run; the inverse of :func:`plain`."""
     return from_hydra(OmegaConf.create(values))
+
+
+@functools.cache
+def _default_run() -> str:
+    from hydra import compose, initialize_config_dir
+
+    register_schema()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return json.dumps(plain(from_hydra(compose("config"))))
+
+
+def defaults() -> dict[str, Any]:
+    """The run that no override changes, as plain containers; a run inside Hydra is left undisturbed."""
+    return dict(json.loads(_default_run()))
 
 
 def fingerprint(settings: RunSettings) -> str:

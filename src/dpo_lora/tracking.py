@@ -79,8 +79,7 @@ class WandbTracker:
     def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
         import wandb
 
-        columns: list[str | int] = list(rows[0])
-        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
+        table = wandb.Table(columns=[*rows[0]], data=[list(row.values()) for row in rows])
         self.run.log({name: table, "trainer/step": step})
 
     def adapter(self, folder: Path, name: str) -> None:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dpo_lora.rundir import RunDir, write_atomic
 
-_TEMPLATES = Path(__file__).parent
+_TEMPLATES = Path(__file__).parent / "templates"
 _ESCAPED = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]<>#|!"})
 
 
