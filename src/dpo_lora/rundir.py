@@ -242,8 +242,12 @@ def find(run: str, outputs: Path) -> RunDir:
 
 def runs(outputs: Path) -> list[RunDir]:
     """Runs and trials below ``outputs``, whatever their status."""
-    found = (p.parent for depth in ("*", "*/*") for p in outputs.glob(f"{depth}/run.json"))
-    return [RunDir(path) for path in found if path.name != "latest"]
+    return [
+        RunDir(p.parent)
+        for depth in ("*", "*/*")
+        for p in outputs.glob(f"{depth}/run.json")
+        if not p.parent.is_symlink() and not p.parent.parent.is_symlink()
+    ]
 
 
 def _claim_second(outputs: Path, name: str) -> Path:

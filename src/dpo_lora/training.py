@@ -154,7 +154,7 @@ class Training:
         if best is None:
             return trainer.state.global_step
         if best != trainer.state.global_step:
-            trainer.load_adapter(checkpoints.at_step(self.run.checkpoints, best))
+            trainer.load_adapter(str(checkpoints.at_step(self.run.checkpoints, best)))
         record.keep_best()
         return best
 

@@ -11,7 +11,7 @@ from dpo_lora.evaluation.statistics import bootstrap_intervals, mean_interval, w
 
 # Chosen tokens over rejected tokens: bucket edges that read the same either way round.
 LENGTH_EDGES = (0.5, 0.8, 1.25, 2.0)
-LENGTH_NAMES = ("under 1/2", "1/2 to 4/5", "4/5 to 5/4", "5/4 to 2", "2 and over")
+LENGTH_NAMES = ("under 0.5", "0.5 to 0.8", "0.8 to 1.25", "1.25 to 2", "2 and over")
 CALIBRATION_BINS = 5  # over confidences from 0.5 to 1
 # Headline figures: what a history entry and a tracker hold.
 HEADLINE = (
