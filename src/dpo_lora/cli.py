@@ -83,6 +83,32 @@ def _typed() -> Iterator[str]:
 
 
 @app.command()
+def score(
+    target: Annotated[str, typer.Argument(help="A run, an adapter (folder or hub id), or a whole model.")],
+    data: Annotated[str | None, typer.Option(help="A file of pairs or a data preset; none: the run's own.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Base of an adapter, or reference of a whole model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval_pairs.jsonl.")] = None,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Score an adapter exactly, on its own held-out pairs or on any others."""
+    from dpo_lora.evaluation import commands
+
+    commands.score(target, data, reference, out, outputs)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Two or more runs; each is compared with the first.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Compare runs pair by pair on the held-out pairs that they share."""
+    from dpo_lora.evaluation import commands
+
+    commands.compare(runs, json_, outputs)
+
+
+@app.command()
 def report(
     target: Annotated[str, typer.Argument(help="A run, or a folder of runs such as 'outputs'.")] = "latest",
     outputs: Outputs = Path("outputs"),

@@ -62,17 +62,33 @@ def from_plain(values: dict[str, Any]) -> RunSettings:
     return from_hydra(OmegaConf.create(values))
 
 
-@functools.cache
-def _default_run() -> str:
+def composed(overrides: list[str]) -> RunSettings:
+    """The run that these overrides make, outside Hydra's own program; one that Hydra runs is left undisturbed.
+
+    Raises:
+        hydra.errors.HydraException, UserError: as for a command line.
+    """
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     register_schema()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return json.dumps(plain(from_hydra(compose("config"))))
+    program = GlobalHydra.instance()
+    running = program.hydra
+    program.clear()  # Hydra composes for one program at a time
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return from_hydra(compose("config", overrides))
+    finally:
+        program.hydra = running
+
+
+@functools.cache
+def _default_run() -> str:
+    return json.dumps(plain(composed([])))
 
 
 def defaults() -> dict[str, Any]:
-    """The run that no override changes, as plain containers; a run inside Hydra is left undisturbed."""
+    """The run that no override changes, as plain containers."""
     return dict(json.loads(_default_run()))
 
 

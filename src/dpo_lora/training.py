@@ -124,7 +124,10 @@ class Training:
     def _finish(self, trainer: PairTrainer, record: Record, sampler: Sampler, tracker: Tracker) -> None:
         if not record.has(trainer.state.global_step):
             trainer.evaluate()
-        sampler.take(trainer, self._take_best(trainer, record))
+        kept = self._take_best(trainer, record)
+        begun = time.monotonic()
+        sampler.take(trainer, kept)
+        self.timings["evaluation_seconds"] = round(trainer.evaluation_seconds + time.monotonic() - begun, 3)
         if not trainer.is_world_process_zero():
             return
         self.base.tokenizer.save_pretrained(self.run.path)

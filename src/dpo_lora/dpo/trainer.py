@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class PairTrainer(WholeCheckpoints):
         self.heldout = heldout_rows
         self.record = record  # of every evaluation; None for a trainer that only scores
         self.sampler = sampler
+        self.evaluation_seconds = 0.0  # scores, samples and their figures
         self.pairs_seen = 0
         self.tokens_seen = 0
         self._tokens_logged, self._time_logged = 0, time.monotonic()
@@ -194,10 +196,12 @@ class PairTrainer(WholeCheckpoints):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the held-out pairs exactly, record the figures and log them."""
         assert self.record is not None
+        begun = time.monotonic()
         metrics = self.record.add(self.state.global_step, self.score(self.heldout))
         self.log(dict(metrics))
         if self.sampler is not None:
             self.sampler.after_evaluation(self)
+        self.evaluation_seconds += time.monotonic() - begun
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
