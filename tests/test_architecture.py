@@ -15,10 +15,10 @@ SRC = ROOT / "src" / "dpo_lora"
 ROOMS = {
     "wandb": {"tracking.py"},
     "trl": {"dpo/", "engine/"},
-    "peft": {"lora.py", "lineage.py", "adapters/"},
+    "peft": {"lora.py", "lineage.py", "adapters/", "engine/"},
     "hydra": {"composition.py", "train.py", "typos.py", "settings.py"},
     "omegaconf": {"settings.py", "schema.py", "composition.py", "train.py", "typos.py"},
-    "datasets": {"preferences/", "dpo/", "lifecycle.py"},
+    "datasets": {"preferences/", "dpo/", "evaluation/", "lifecycle.py"},
     "jinja2": {"reports/"},
     "typer": {"cli.py"},
     "accelerate": {"dpo/"},

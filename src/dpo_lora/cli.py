@@ -130,6 +130,50 @@ def cache_verify() -> None:
 
 
 @app.command()
+def score(
+    target: Annotated[str, typer.Argument(help="A run, an adapter (folder or hub id), or a whole model.")],
+    data: Annotated[str | None, typer.Option(help="A file of pairs or a data preset; none: the run's own.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Base of an adapter, or reference of a whole model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval_pairs.jsonl.")] = None,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Score an adapter exactly, on its own held-out pairs or on any others."""
+    from dpo_lora.evaluation import commands
+
+    commands.score(target, data, reference, out, outputs)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Two or more runs; each is compared with the first.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Compare runs pair by pair on the held-out pairs that they share."""
+    from dpo_lora.evaluation import commands
+
+    commands.compare(runs, json_, outputs)
+
+
+@app.command()
+def report(
+    target: Annotated[str, typer.Argument(help="A run, or a folder of runs such as 'outputs'.")] = "latest",
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Write a run's report.html, or the index.html of a folder of runs; prints its path."""
+    from dpo_lora import rundir
+    from dpo_lora.reports import index
+    from dpo_lora.reports import report as room
+
+    if Path(target).is_dir() and not (Path(target) / "run.json").is_file():
+        typer.echo(index.write(Path(target)))
+        return
+    found = rundir.find(target, outputs)
+    room.write(found)
+    typer.echo(found.report_file)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)

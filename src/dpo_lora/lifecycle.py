@@ -20,6 +20,7 @@ from dpo_lora.callbacks import NotFiniteError, StopSignal
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import command, git_state, machine, package_versions
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RUNNING, RunDir, ended
+from dpo_lora.settings import from_plain
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,10 @@ def running(run: RunDir, console: Console) -> Iterator[StopSignal]:
             with contextlib.suppress(OSError):  # a full disk: the reason is already on its way up
                 seconds = round(time.monotonic() - begun, 3)
                 run.write_manifest(ended(status, reason=reason or None, timings={"total_seconds": seconds}))
+                if from_plain(run.settings()).eval.report:
+                    from dpo_lora.reports import report
+
+                    report.write(run)
             run.release()
 
 

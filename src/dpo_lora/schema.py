@@ -142,6 +142,8 @@ class TrainSettings:
     log_every: int = MISSING  # optimizer steps
     save_every: int = MISSING  # optimizer steps; 0: only when the run ends or is interrupted
     keep_checkpoints: int = MISSING
+    keep_best: str | None = MISSING  # held-out metric such as eval/accuracy: its best adapter is kept; None: the last
+    patience: int | None = MISSING  # evaluations without a better keep_best before training stops; None: never
     deterministic: bool = MISSING  # refuse kernels whose result depends on the order of execution
 
 
@@ -151,6 +153,11 @@ class EvalSettings:
     every: int = MISSING  # optimizer steps; 0: only before and after
     batch: int = MISSING  # pairs in memory at a time; the scores do not depend on it
     confidence: float = MISSING  # of every interval, in (0, 1)
+    prompts: list[str] = MISSING  # user turns to answer before and after; empty: held-out prompts
+    samples: int = MISSING  # held-out prompts to answer; 0: none
+    sample_tokens: int = MISSING  # most tokens of an answer
+    sample_each: bool = MISSING  # answer at every evaluation too, not only at the end
+    report: bool = MISSING  # write report.html when the run ends, however it ends
 
 
 @dataclass

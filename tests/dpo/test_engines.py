@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, CommandLine, dpo_lora
-from dpo_lora.rundir import RunDir, read_jsonl
+from dpo_lora.files import read_jsonl
+from dpo_lora.rundir import RunDir
 
 FAST = ["train.learning_rate=1e-2"]
 
