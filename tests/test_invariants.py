@@ -40,6 +40,7 @@ def test_the_first_step_has_a_loss_of_ln_2_and_no_margin(cli: CommandLine, tiny_
     first = training_rows(cli("train", *tiny_overrides).run)[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert first["rewards/accuracies"] == 0.5
 
 
 def test_training_moves_the_adapter(cli: CommandLine, tiny_overrides: list[str]) -> None:

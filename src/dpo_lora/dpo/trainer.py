@@ -21,6 +21,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_lora.callbacks import NotFiniteError
 from dpo_lora.dpo.engines import (
+    REFERENCE,
     ReferenceUse,
     attach_reference,
     choose_engine,
@@ -31,6 +32,7 @@ from dpo_lora.dpo.scoring import ExactScoring
 from dpo_lora.engine.batching import MicroBatch, cut, pair_tokens, separable
 from dpo_lora.evaluation.record import Record
 from dpo_lora.evaluation.sampler import Sampler
+from dpo_lora.evaluation.scores import TIE_PER_TOKEN
 from dpo_lora.schema import RunSettings
 
 
@@ -137,6 +139,27 @@ class PairTrainer(ExactScoring):
         self.pairs_seen += len(rows)
         self.tokens_seen += sum(len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
         return total
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """TRL's loss; the accuracy it notes counts ties as wrong, here they count one half."""
+        seen: list[torch.Tensor] = []
+
+        def forward(**kwargs: Any) -> Any:
+            output = model(**kwargs)
+            seen.append(output.log_probs.detach().sum(dim=1))
+            return output
+
+        loss: torch.Tensor = self._compute_loss(forward, inputs, return_outputs)
+        if REFERENCE[0] in inputs and self.ld_alpha is None:
+            chosen, rejected = seen[0].chunk(2)
+            margins = (chosen - inputs[REFERENCE[0]]) - (rejected - inputs[REFERENCE[1]])
+            tokens = inputs["completion_mask"].sum(dim=1).view(2, -1).sum(dim=0)
+            wins = torch.where(margins.abs() <= TIE_PER_TOKEN * tokens, 0.5, (margins > 0).float())
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["rewards/accuracies"][-1] = self.accelerator.gather(wins).mean().item()
+        return loss
 
     def _at_most_micro_batch(self, pairs: Sequence[int]) -> list[Sequence[int]]:
         size = self.run.train.micro_batch or len(pairs)
