@@ -102,10 +102,28 @@ def _explain(error: Exception, run: RunDir) -> UserError | None:
 @contextlib.contextmanager
 def _logging(file: Path, console: Console) -> Iterator[None]:
     """Our log and the libraries' warnings into ``file``; ours, short, to the terminal as well."""
-    root, ours = logging.getLogger(), logging.getLogger("dpo_lora")
-    levels = root.level, ours.level
+    root = logging.getLogger()
+    level = root.level
     to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
     to_file.setFormatter(logging.Formatter(_FORMAT))
+    root.addHandler(to_file)
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    try:
+        with terminal_log(console), warnings.catch_warnings():
+            yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(to_file)
+        to_file.close()
+        root.setLevel(level)
+
+
+@contextlib.contextmanager
+def terminal_log(console: Console) -> Iterator[None]:
+    """Our own log, short, on the terminal."""
+    ours = logging.getLogger("dpo_lora")
+    level = ours.level
     terminal: logging.Handler
     if console.is_terminal:
         terminal = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
@@ -113,21 +131,13 @@ def _logging(file: Path, console: Console) -> Iterator[None]:
         terminal = logging.StreamHandler(sys.stderr)
         terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(lambda record: getattr(record, "console", True))
-    root.addHandler(to_file)
     ours.addHandler(terminal)
-    root.setLevel(logging.WARNING)
     ours.setLevel(logging.INFO)
-    logging.captureWarnings(True)
     try:
-        with warnings.catch_warnings():
-            yield
+        yield
     finally:
-        logging.captureWarnings(False)
-        root.removeHandler(to_file)
         ours.removeHandler(terminal)
-        to_file.close()
-        root.setLevel(levels[0])
-        ours.setLevel(levels[1])
+        ours.setLevel(level)
 
 
 def quiet_libraries() -> None:

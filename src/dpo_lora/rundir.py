@@ -68,6 +68,7 @@ class RunDir:
         self.manifest_file = path / "run.json"
         self.metrics_file = path / "metrics.jsonl"
         self.eval_file = path / "eval.json"
+        self.lint_file = path / "lint.json"
         self.log_file = path / "train.log"
         self.card_file = path / "README.md"
         self.checkpoints = path / "checkpoints"
