@@ -20,9 +20,9 @@ from dpo_lora.preferences import store
 from dpo_lora.preferences.lint import report
 from dpo_lora.preferences.lint.judge import judge
 from dpo_lora.preferences.parts import HELDOUT, parts
-from dpo_lora.preferences.prepare import Recipe, renamed
+from dpo_lora.preferences.prepare import Recipe
 from dpo_lora.preferences.shapes.pair import ShapeError
-from dpo_lora.preferences.shapes.recognise import recognise, unused
+from dpo_lora.preferences.shapes.recognise import recognise, renamed, unused
 from dpo_lora.preferences.similarity import Rows
 from dpo_lora.preferences.sources import source as sources
 from dpo_lora.preferences.sources.source import Source

@@ -1,15 +1,10 @@
-"""From batches of rows to columns of tokens and facts: the work that is spread over all cores."""
+"""From a batch of rows to columns of tokens and facts: what a worker does."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -55,7 +50,6 @@ COLUMNS: dict[str, Any] = {
     "full_tokens": np.uint32,  # the longer answer, before the cut
 }
 SKETCHES = ("prompt_sketch", "answer_sketch")
-_SMALL = 4  # batches; up to here starting processes costs more than it brings
 
 
 @dataclass(frozen=True)
@@ -77,55 +71,6 @@ class Columns:
     rows: pa.RecordBatch
     columns: dict[str, npt.NDArray[Any]]
     counts: dict[str, int] = field(default_factory=dict)  # rows read, filtered, of other splits, without a pair
-
-
-def run(recipe: Recipe, batches: Iterator[Batch]) -> Iterator[Columns]:
-    """All batches prepared, in order, on all cores; few are in memory at any time.
-
-    Raises:
-        UserError: the first row, in order, that cannot be read or converted.
-    """
-    head = list(islice(batches, _SMALL))
-    if len(head) < _SMALL:
-        yield from (prepare(recipe, batch) for batch in head)
-        return
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Forked workers share this process' memory; they touch no accelerator and start no threads.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() and os.uname().sysname == "Linux" else "spawn"
-    was = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core; threads in each would only queue
-    try:
-        with ProcessPoolExecutor(
-            workers, multiprocessing.get_context(method), initializer=_start, initargs=(recipe,)
-        ) as pool:
-            waiting: deque[Future[Columns]] = deque()
-            try:
-                for batch in chain(head, batches):
-                    waiting.append(pool.submit(_work, batch))
-                    if len(waiting) > 2 * workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-    finally:
-        if was is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = was
-
-
-_recipe: Recipe | None = None
-
-
-def _start(recipe: Recipe) -> None:
-    global _recipe  # noqa: PLW0603  # a worker process has one job; it is handed over once, not with each batch
-    _recipe = recipe
-
-
-def _work(batch: Batch) -> Columns:
-    assert _recipe is not None
-    return prepare(_recipe, batch)
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from dpo_lora.embedded import cache_dir
 from dpo_lora.errors import UserError
-from dpo_lora.preferences import prepare
+from dpo_lora.preferences import workers
 from dpo_lora.preferences.prepare import COLUMNS, SCHEMA, SKETCHES, Recipe
 from dpo_lora.preferences.sources.source import Source
 from dpo_lora.rundir import write_json
@@ -99,7 +99,7 @@ def _write(source: Source, recipe: Recipe, folder: Path) -> dict[str, Any]:
     files = {name: (folder / name).open("wb") for name in names}
     try:
         with pa.OSFile(str(folder / _ROWS), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for part in prepare.run(recipe, source.batches()):
+            for part in workers.run(recipe, source.batches()):
                 for name, count in part.counts.items():
                     counts[name] = counts.get(name, 0) + count
                 pairs += part.rows.num_rows

@@ -28,7 +28,7 @@ def lint(settings: RunSettings, console: Console, json_file: Path | None, shown:
     tokenizer, stop_ids = model.load_tokenizer(settings.model)
     looked = pairs.look(settings.data, tokenizer, settings.seed, stop_ids=stop_ids)
     for style, line in report.lines(looked.report):
-        console.print(Text(line, style=style))
+        console.print(Text(line, style=style), soft_wrap=True)
     for number in range(min(shown, len(looked.train))):
         show.show(looked.rows[int(looked.train[number])], tokenizer, console)
     if json_file is not None:

@@ -165,10 +165,8 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", f"  {f['title']}"
         for example in f["examples"]:
             yield "dim", f"  {example['place']} (id {example['id']})"
-            yield (
-                "dim",
-                f"    ...{example['prompt'][-60:]!r} + {example['chosen'][:60]!r} / {example['rejected'][:60]!r}",
-            )
+            parts = example["prompt"][-60:], example["chosen"][:60], example["rejected"][:60]
+            yield "dim", "    ...{!r} + {!r} / {!r}".format(*parts)
         yield "", f"  -> {f['advice']}"
     yield from _figures(found)
 
@@ -178,13 +176,8 @@ def _figures(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     wins = lengths["longer_wins"]
     if wins["accuracy"] is not None:
         low, high = wins["interval"]
-        yield (
-            "",
-            (
-                f"\nPicking the longer answer is right in {wins['accuracy']:.3f} [{low:.3f}, {high:.3f}] of the training "
-                f"pairs; log length correlates {wins['correlation']:+.3f} with being chosen."
-            ),
-        )
+        says = f"\nPicking the longer answer is right in {wins['accuracy']:.3f} [{low:.3f}, {high:.3f}] of the"
+        yield "", f"{says} training pairs; log length correlates {wins['correlation']:+.3f} with being chosen."
     for name in ("prompt", "chosen", "rejected"):
         if name in lengths:
             marks = ", ".join(f"{k} {v}" for k, v in lengths[name].items())
