@@ -157,6 +157,12 @@ ROW_KINDS = (
         "far longer or shorter than the others (robust z-score of the log length beyond data.lint.outlier)",
         "Look at them: often two rows run together, or a broken one.",
     ),
+    Kind(
+        "turn_in_text",
+        NOTE,
+        "a transcript's turn mark (Human:, Assistant:, ### Response:) stands inside a message",
+        "Turns that were not taken apart teach the model to speak for the user.",
+    ),
 )
 
 SET_KINDS = (

@@ -150,13 +150,8 @@ def brief(found: dict[str, Any]) -> list[str]:
 def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(style, line) of the whole report, for a terminal."""
     used, counts = found["used"], found["counts"]
-    yield (
-        "bold",
-        (
-            f"{found['pairs']} pairs on {found['prompts']} prompts: {used['train']} to train on, {used['heldout']} held "
-            f"out, {found['left_out']} left out."
-        ),
-    )
+    parts = f"{used['train']} to train on, {used['heldout']} held out, {found['left_out']} left out."
+    yield "bold", f"{found['pairs']} pairs on {found['prompts']} prompts: {parts}"
     yield "", f"{counts[ERROR]} errors, {counts[WARNING]} warnings, {counts[NOTE]} notes."
     styles = {ERROR: "red", WARNING: "yellow", NOTE: "cyan"}
     for f in found["findings"]:

@@ -39,6 +39,7 @@ _SCRIPTS = {
     "Hangul": re.compile(r"[\uac00-\ud7af]"),
     "Han, kana": re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]"),
 }
+_TURN = re.compile(r"(?:\n\s*| {2,})(?:Human|Assistant|USER|ASSISTANT|### ?(?:Instruction|Response)): ?")
 _LONG_ANSWER = 40  # characters; shorter answers stand in prompts by right ("Which is larger, A or B?")
 _SCRAP = 2  # words
 
@@ -89,6 +90,8 @@ def faults(pair: Pair, own_end: frozenset[str]) -> Iterator[str]:
     yield from _end_markers(pair, chosen, rejected, own_end)
     if len(chosen) >= _LONG_ANSWER and chosen.strip() in prompt and rejected.strip() not in prompt:
         yield "answer_in_prompt"
+    if not isinstance(pair.prompt, str) and any(_TURN.search(t) for t in (prompt, chosen, rejected)):
+        yield "turn_in_text"
     if any(_CONTROL.search(t) for t in (prompt, chosen, rejected)):
         yield "control_character"
     if prompt.isascii() and chosen.isascii() and rejected.isascii():
