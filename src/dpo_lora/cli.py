@@ -38,6 +38,27 @@ def train() -> None:
 
 
 @app.command()
+def lint(
+    overrides: Annotated[list[str] | None, typer.Argument(help="As for train: GROUP=PRESET NAME=VALUE ...")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report here as well.")] = None,
+    show: Annotated[int, typer.Option(min=0, help="Print so many pairs as they are trained.")] = 0,
+    config_dir: Annotated[Path | None, typer.Option(help="A folder of your own presets.")] = None,
+) -> None:
+    """Look for faults in preference pairs, and train nothing; exits with 2 where training would refuse."""
+    from rich.console import Console
+
+    from dpo_lora import composition, lifecycle
+
+    settings = composition.compose(overrides or [], config_dir)
+    console = Console()
+    with lifecycle.terminal_log(Console(stderr=True)):
+        from dpo_lora.preferences.lint import command
+
+        if not command.lint(settings, console, json, show):
+            sys.exit(2)
+
+
+@app.command()
 def resume(run: Run, outputs: Outputs = Path("outputs")) -> None:
     """Continue an interrupted or failed run from its last whole checkpoint."""
     from dpo_lora import rundir

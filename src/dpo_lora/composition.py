@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -20,9 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import record_command
+from dpo_lora.resources import conf_dir
 from dpo_lora.rundir import RunDir
 from dpo_lora.schema import RunSettings
-from dpo_lora.settings import plain
+from dpo_lora.settings import from_hydra, plain, register_schema
 from dpo_lora.typos import explain
 
 
@@ -71,6 +74,24 @@ def open_run(settings: RunSettings, *, trial: Path | None, overrides: list[str],
     return run
 
 
+def compose(overrides: list[str], config_dir: Path | None = None) -> RunSettings:
+    """The settings that ``dpo-lora train`` would run with, for commands that train nothing.
+
+    Exits with 2 and one message for a mistyped override.
+
+    Args:
+        config_dir: a folder of the user's own presets, searched after the shipped ones.
+    """
+    search = [] if config_dir is None else [f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+    register_schema()
+    register_resolvers()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            return from_hydra(hydra.compose("config", overrides=[*overrides, *search]))
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        refuse(error)
+
+
 def run_hydra(entry: Callable[[], None], overrides: list[str] | None) -> None:
     """Run a Hydra entry with ``overrides`` (None: the process' own arguments).
 
@@ -112,7 +133,7 @@ def refusing(place: Place) -> Iterator[None]:
         refuse(error)
 
 
-def refuse(error: Exception) -> None:
+def refuse(error: Exception) -> NoReturn:
     """Say what the user got wrong, without a traceback, and exit with 2."""
     print(f"dpo-lora: {explain(error)}", file=sys.stderr)  # noqa: T201
     sys.exit(2)

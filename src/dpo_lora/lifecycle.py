@@ -107,10 +107,31 @@ def _explain(error: Exception, run: RunDir) -> UserError | None:
 @contextlib.contextmanager
 def _logging(file: Path, console: Console) -> Iterator[None]:
     """Our log and the libraries' warnings into ``file``; ours, short, to the terminal as well."""
-    root, ours = logging.getLogger(), logging.getLogger("dpo_lora")
-    levels = root.level, ours.level
+    root = logging.getLogger()
+    level = root.level
     to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
     to_file.setFormatter(logging.Formatter(_FORMAT))
+    ours = logging.getLogger("dpo_lora")  # does not reach the root while the terminal has it
+    for logger in (root, ours):
+        logger.addHandler(to_file)
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    try:
+        with terminal_log(console), warnings.catch_warnings():
+            yield
+    finally:
+        logging.captureWarnings(False)
+        for logger in (root, ours):
+            logger.removeHandler(to_file)
+        to_file.close()
+        root.setLevel(level)
+
+
+@contextlib.contextmanager
+def terminal_log(console: Console) -> Iterator[None]:
+    """Our own log, short, on the terminal."""
+    ours = logging.getLogger("dpo_lora")
+    level = ours.level
     terminal: logging.Handler
     if console.is_terminal:
         terminal = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
@@ -118,24 +139,16 @@ def _logging(file: Path, console: Console) -> Iterator[None]:
         terminal = logging.StreamHandler(sys.stderr)
         terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(lambda record: getattr(record, "console", True))
-    # Ours reach the file and the terminal once, whatever a caller (Hydra, a notebook) hung on the root.
+    # Ours reach the terminal once, whatever a caller (Hydra, a notebook) hung on the root.
     ours.propagate = False
-    for logger, handler in ((root, to_file), (ours, to_file), (ours, terminal)):
-        logger.addHandler(handler)
-    root.setLevel(logging.WARNING)
+    ours.addHandler(terminal)
     ours.setLevel(logging.INFO)
-    logging.captureWarnings(True)
     try:
-        with warnings.catch_warnings():
-            yield
+        yield
     finally:
-        logging.captureWarnings(False)
-        for logger, handler in ((root, to_file), (ours, to_file), (ours, terminal)):
-            logger.removeHandler(handler)
+        ours.removeHandler(terminal)
         ours.propagate = True
-        to_file.close()
-        root.setLevel(levels[0])
-        ours.setLevel(levels[1])
+        ours.setLevel(level)
 
 
 def quiet_libraries() -> None:

@@ -31,6 +31,11 @@ class BaseModel:
     license: str | None
     identity: dict[str, Any]  # how another machine gets the same weights
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids at which generation stops, as the model's own generation settings say."""
+        return _stop_ids(self.model.generation_config)
+
 
 def load(settings: ModelSettings, machine: Machine) -> BaseModel:
     """Load model and tokenizer onto ``machine``.
@@ -41,15 +46,10 @@ def load(settings: ModelSettings, machine: Machine) -> BaseModel:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, published, license_ = settings.name, settings.name, None
+    source, published, license_ = _source(settings), settings.name, None
     identity: dict[str, Any] = {"name": settings.name, "revision": settings.revision}
     if settings.source is ModelSource.embedded:
-        if settings.name != embedded.NAME:
-            raise UserError(
-                f"model.name={settings.name}: the only embedded model is {embedded.NAME}. "
-                f"For a hub id or a folder: model=hub model.name={settings.name}"
-            )
-        source, published, license_ = str(embedded.ensure()), embedded.PUBLISHED_AS, embedded.LICENSE
+        published, license_ = embedded.PUBLISHED_AS, embedded.LICENSE
         identity |= embedded.IDENTITY
     shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
@@ -64,13 +64,7 @@ def load(settings: ModelSettings, machine: Machine) -> BaseModel:
         )
     except (OSError, ValueError) as error:
         raise UserError(_why_not(settings, error)) from error
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{settings.name} has no chat template, so conversations cannot be put to it. "
-            "Use its instruction-tuned version, or add a chat_template to a local copy of its tokenizer."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _complete(tokenizer, settings)
     identity["commit"] = getattr(model.config, "_commit_hash", None)
     identity["weights"] = weights_fingerprint(model)
     log.info(
@@ -80,6 +74,57 @@ def load(settings: ModelSettings, machine: Machine) -> BaseModel:
         model.num_parameters() / 1e6,
     )
     return BaseModel(model, tokenizer, published, license_, identity)
+
+
+def load_tokenizer(settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The tokenizer as :func:`load` gives it, and the ids at which the model stops, without loading any weights.
+
+    Raises:
+        UserError: there is no such model here, or it has no chat template.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    source = _source(settings)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(_why_not(settings, error)) from error
+    _complete(tokenizer, settings)
+    try:
+        generation = GenerationConfig.from_pretrained(source, revision=settings.revision or "main")
+    except OSError:  # many models have none, and then stop at the tokenizer's eos
+        return tokenizer, []
+    return tokenizer, _stop_ids(generation)
+
+
+def _source(settings: ModelSettings) -> str:
+    """The folder or hub id to load from; the embedded model is fetched and converted if need be."""
+    if settings.source is not ModelSource.embedded:
+        return settings.name
+    if settings.name != embedded.NAME:
+        raise UserError(
+            f"model.name={settings.name}: the only embedded model is {embedded.NAME}. "
+            f"For a hub id or a folder: model=hub model.name={settings.name}"
+        )
+    return str(embedded.ensure())
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
+    """Require a chat template; pad with the end token where there is no other."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{settings.name} has no chat template, so conversations cannot be put to it. "
+            "Use its instruction-tuned version, or add a chat_template to a local copy of its tokenizer."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _stop_ids(generation: Any) -> list[int]:
+    ids = getattr(generation, "eos_token_id", None)
+    return [] if ids is None else sorted(ids) if isinstance(ids, list) else [ids]
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

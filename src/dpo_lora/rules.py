@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
-from dpo_lora.errors import UserError
+from dpo_lora.errors import UserError, nearest
 from dpo_lora.evaluation.metrics import HIGHER_IS_BETTER
+from dpo_lora.preferences.lint.kinds import ROW_KINDS
+from dpo_lora.preferences.parts import parts
 from dpo_lora.schema import DataSource, ModelSource, Quantization, RunSettings
 
 # Attention kernels of the packed engine; named here so that a typo answers before torch is imported.
@@ -137,9 +139,40 @@ def _data(run: RunSettings) -> None:
         data.name,
         "it becomes part of a folder's name: letters, digits, '-', '_' and '.' only.",
     )
-    _need(bool(data.path), "data.path", repr(data.path), "name the file or hub data set: data.path=PAIRS.jsonl.")
+    _need(
+        bool(data.path) or bool(data.mix),
+        "data.path",
+        repr(data.path),
+        "name the file or hub data set: data.path=PAIRS.jsonl.",
+    )
+    _need(
+        data.near_duplicate is None or 0 < data.near_duplicate <= 1,
+        "data.near_duplicate",
+        data.near_duplicate,
+        "a similarity in (0, 1], or null to look for equal texts only.",
+    )
+    _lint(run)
     if data.source is not DataSource.hub:
         _need(data.revision is None, "data.revision", data.revision, "only a hub data set has revisions.")
+
+
+def _lint(run: RunSettings) -> None:
+    drop, lint = run.data.drop, run.data.lint
+    kinds = [kind.name for kind in ROW_KINDS]
+    for name in (*drop, *lint.limits):
+        _need(
+            name in kinds,
+            "data.drop" if name in drop else "data.lint.limits",
+            name,
+            f"no kind of finding that rows have; there are {', '.join(kinds)}.{nearest(name, kinds)}",
+        )
+    for name, limit in lint.limits.items():
+        _need(
+            limit is None or 0 <= limit <= 1, f"data.lint.limits.{name}", limit, "a share in [0, 1], or null for none."
+        )
+    _need(0.5 <= lint.length_bias <= 1, "data.lint.length_bias", lint.length_bias, "an accuracy in [0.5, 1].")
+    _need(lint.outlier > 0, "data.lint.outlier", lint.outlier, "a number of standard deviations above 0.")
+    parts(run.data)
 
 
 def _eval(run: RunSettings) -> None:

@@ -36,6 +36,7 @@ class RunDir:
         self.eval_pairs_file = path / "eval_pairs.jsonl"
         self.samples_file = path / "samples.jsonl"
         self.report_file = path / "report.html"
+        self.lint_file = path / "lint.json"
         self.log_file = path / "train.log"
         self.card_file = path / "README.md"
         self.checkpoints = path / "checkpoints"

@@ -62,8 +62,22 @@ class TrackerMode(Enum):
 
 class DataSource(Enum):
     shipped = "shipped"  # a file of data/
-    local = "local"  # a json, jsonl or parquet file of the user's
+    local = "local"  # a file or folder of the user's: json, jsonl, csv, parquet, arrow
     hub = "hub"  # a data set id on the Hugging Face hub
+
+
+class Pairing(Enum):
+    """Which pairs a ranked or scored list of answers gives."""
+
+    best_worst = "best_worst"
+    best_rest = "best_rest"  # the best against each other one
+    adjacent = "adjacent"  # each against the next lower one
+    all = "all"  # every two that differ in rank
+
+
+class PlainText(Enum):
+    keep = "keep"  # as written: no chat template, as TRL does with text columns
+    chat = "chat"  # the prompt becomes a user turn, the answers assistant turns
 
 
 @dataclass
@@ -77,10 +91,18 @@ class ModelSettings:
 
 
 @dataclass
+class LintSettings:
+    # Share of the rows, by kind of finding, above which training refuses; None: never.
+    limits: dict[str, float | None] = MISSING
+    length_bias: float = MISSING  # accuracy of "the longer answer wins", in [0.5, 1], from which it is a warning
+    outlier: float = MISSING  # robust standard deviations of the log length beyond which a row is an outlier
+
+
+@dataclass
 class DataSettings:
     name: str = MISSING  # goes into the run directory's name
     source: DataSource = MISSING
-    path: str = MISSING  # file name in data/, file path, or hub id
+    path: str | None = MISSING  # file name in data/, file or folder path, or hub id; None where mix names them
     revision: str | None = MISSING  # hub only
     subset: str | None = MISSING  # hub configuration name
     split: str = MISSING  # training split; a shipped or local file's rows carry it in column "split"
@@ -90,6 +112,14 @@ class DataSettings:
     max_pairs: int | None = MISSING  # training pairs kept, a seeded choice; None: all
     max_heldout: int | None = MISSING
     max_length: int = MISSING  # tokens of prompt + answer kept, from the start
+    mix: list[dict[str, Any]] = MISSING  # several sources; each item sets path and what differs from the above
+    columns: dict[str, str] = MISSING  # our column name -> the source's, e.g. {prompt: question}
+    filter: list[dict[str, Any]] = MISSING  # rules {column, op, value} that a row must all meet
+    pairing: Pairing = MISSING
+    plain_text: PlainText = MISSING
+    near_duplicate: float | None = MISSING  # Jaccard similarity, in (0, 1], from which texts are near-duplicates
+    drop: list[str] = MISSING  # kinds of finding whose rows are left out, besides the errors
+    lint: LintSettings = MISSING
 
 
 @dataclass

@@ -55,7 +55,9 @@ def train(
         parent = lineage.resolve(settings.parent, Path(settings.outputs))
         base = model.load(settings.model, machine)
         adapter = lora.config(settings.lora, base.model)
-        pairs = preferences.load(settings.data, base.tokenizer, settings.seed)
+        pairs = preferences.load(
+            settings.data, base.tokenizer, settings.seed, stop_ids=base.stop_ids, report_file=run.lint_file
+        )
         training = Training(settings, run, machine, base, pairs, adapter, parent, stop, console)
         with tracking.open_tracker(settings.tracking, run, sweep, plain(settings)) as tracker:
             training.execute(tracker)

@@ -51,7 +51,7 @@ def score(target: str, data: str | None, reference: str | None, outputs: Path) -
     base = model.load(run.model, machine)
     is_file = data is not None and Path(data).is_file()
     rows = (
-        preferences.load_all(run.data, base.tokenizer)
+        preferences.load_all(run.data, base.tokenizer, run.seed)
         if is_file
         else preferences.load(run.data, base.tokenizer, run.seed).heldout
     )

@@ -2,63 +2,72 @@
 
 from __future__ import annotations
 
-import logging
-import random
+from collections.abc import Sequence
 
-import datasets
-import xxhash
+import numpy as np
+import numpy.typing as npt
 
-from dpo_lora.errors import UserError
-from dpo_lora.preferences.contract import prompt_key
+from dpo_lora.preferences.parts import HELDOUT, TRAIN, UNDECIDED, Part
+from dpo_lora.preferences.similarity import Rows, mix
 
-log = logging.getLogger(__name__)
+Hashes = npt.NDArray[np.uint64]
 
 
-def by_prompt(rows: datasets.Dataset, share: float) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Hold out about ``share`` of the distinct prompts, each with all its rows.
+def by_prompt(goes: npt.NDArray[np.uint8], prompts: Hashes, share: float) -> npt.NDArray[np.uint8]:
+    """Undecided rows placed: about ``share`` of the distinct prompts are held out, each with all its rows.
 
-    A prompt's side depends on its text alone, so adding rows never moves others across.
+    A prompt's part depends on its normalised text alone, so adding rows never moves others across.
 
-    Raises:
-        UserError: one of the parts would be empty.
+    Args:
+        prompts: hash of each row's normalised prompt.
     """
-    held = [_place(prompt_key(row)) < share for row in rows]
-    train = rows.select([i for i, h in enumerate(held) if not h])
-    heldout = rows.select([i for i, h in enumerate(held) if h])
-    if not len(train) or not len(heldout):
-        raise UserError(
-            f"data.heldout_share={share} of {len(rows)} rows leaves {len(train)} to train on and {len(heldout)} held "
-            "out. Give more rows, another share, or a file of held-out pairs (data.heldout_path)."
-        )
-    return train, heldout
+    held = mix(prompts) < np.uint64(min(int(share * 2**64), 2**64 - 1))
+    return np.where(goes == UNDECIDED, np.where(held, HELDOUT, TRAIN), goes).astype(np.uint8)
 
 
-def without_shared_prompts(train: datasets.Dataset, heldout: datasets.Dataset) -> datasets.Dataset:
-    """Training rows whose prompt is not among the held-out ones.
+def shared_prompts(goes: npt.NDArray[np.uint8], prompts: Hashes) -> npt.NDArray[np.bool_]:
+    """Training rows whose prompt is among the held-out ones."""
+    return (goes == TRAIN) & np.isin(prompts, np.unique(prompts[goes == HELDOUT]))
 
-    Raises:
-        UserError: none is left.
+
+def straddling(goes: npt.NDArray[np.uint8], groups: npt.NDArray[np.int32], aside: int) -> npt.NDArray[np.bool_]:
+    """Rows of part ``aside`` whose prompt is nearly one of the other part's.
+
+    They are set aside, not moved: moving them would let an added row push others across.
+
+    Args:
+        groups: for each row the group of nearly equal prompts it belongs to; below 0: none.
     """
-    scored = {prompt_key(row) for row in heldout}
-    kept = [i for i, row in enumerate(train) if prompt_key(row) not in scored]
-    if len(kept) < len(train):
-        log.warning(
-            "%d of %d training rows left out: their prompt is among the held-out ones.",
-            len(train) - len(kept),
-            len(train),
-        )
-    if not kept:
-        raise UserError("Every training prompt is among the held-out ones; nothing is left to train on.")
-    return train.select(kept)
+    other = HELDOUT if aside == TRAIN else TRAIN
+    seen = np.zeros(int(groups.max(initial=0)) + 1, dtype=bool)
+    seen[groups[(goes == other) & (groups >= 0)]] = True
+    found = (goes == aside) & (groups >= 0)
+    found[found] = seen[groups[found]]
+    return found
 
 
-def subset(rows: datasets.Dataset, most: int | None, seed: int) -> datasets.Dataset:
-    """At most ``most`` rows, chosen by ``seed``, in their original order."""
+def choose(rows: Rows, hashes: Hashes, most: int | None, seed: int) -> Rows:
+    """At most ``most`` of ``rows``, in their order: a choice by ``seed`` and content.
+
+    A row that is added takes at most one other's place.
+
+    Args:
+        hashes: of the content of each of ``rows``.
+    """
     if most is None or most >= len(rows):
         return rows
-    return rows.select(sorted(random.Random(seed).sample(range(len(rows)), most)))
+    rank = mix(hashes ^ mix(np.asarray([seed], dtype=np.uint64)))
+    return np.sort(rows[np.argsort(rank, kind="stable")[:most]])
 
 
-def _place(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) / 2**64
+def mixed(parts: Sequence[Part], available: Sequence[int]) -> list[int]:
+    """How many training pairs each source gives: up to its cap, and in proportion to the weights.
+
+    No pair is repeated: the source that is shortest for its weight gives all it has.
+    """
+    most = [n if p.max_pairs is None else min(n, p.max_pairs) for p, n in zip(parts, available, strict=True)]
+    weighted = [(n, p.weight) for n, p in zip(most, parts, strict=True) if p.weight is not None and p.goes != HELDOUT]
+    if not weighted:
+        return most
+    unit = min(n / w for n, w in weighted)
+    return [n if p.weight is None else min(n, round(p.weight * unit)) for n, p in zip(most, parts, strict=True)]

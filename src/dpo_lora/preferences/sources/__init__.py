@@ -1,0 +1,1 @@
+"""Rows from files and the hub, streamed in bounded batches."""

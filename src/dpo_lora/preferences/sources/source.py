@@ -1,0 +1,59 @@
+"""One source, found and fingerprinted, ready to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from dpo_lora.preferences.parts import Part
+from dpo_lora.preferences.sources import files, hub
+from dpo_lora.preferences.sources.rows import Batch
+from dpo_lora.resources import data_dir
+from dpo_lora.schema import DataSource
+
+
+@dataclass(frozen=True)
+class Source:
+    part: Part
+    paths: list[Path]
+    digest: str  # of the bytes its rows come from
+    commit: str | None = None  # hub only
+    rows: datasets.Dataset | None = None  # hub only
+
+    def batches(self) -> Iterator[Batch]:
+        """Its rows; a fresh pass each time."""
+        return files.read(self.paths) if self.rows is None else hub.read(self.part.path, self.rows)
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest: how another machine gets the same rows."""
+        part = self.part
+        return {
+            "name": part.name,
+            "source": part.source.value,
+            "path": part.path,
+            "files": [p.name for p in self.paths],
+            "revision": part.revision,
+            "commit": self.commit,
+            "subset": part.subset,
+            "split": part.split,
+            "digest": self.digest,
+        }
+
+
+def find(part: Part) -> Source:
+    """The source that ``part`` names.
+
+    Raises:
+        UserError: it is not there, or cannot be had.
+    """
+    if part.source is DataSource.hub:
+        rows, commit = hub.fetch(part.path, part.subset, part.split, part.revision)
+        paths = hub.files(rows)
+        return Source(part, paths, files.digest(paths), commit, rows)
+    folder = data_dir() if part.source is DataSource.shipped else Path()
+    paths = files.locate(part.path, folder, part.split)
+    return Source(part, paths, files.digest(paths))
