@@ -19,7 +19,7 @@ ROOMS = {
     "hydra": {"composition.py", "train.py", "typos.py", "settings.py"},
     "omegaconf": {"settings.py", "schema.py", "composition.py", "train.py", "typos.py"},
     "datasets": {"preferences/", "dpo/", "evaluation/", "lifecycle.py"},
-    "jinja2": {"reports/"},
+    "jinja2": {"reports/", "preferences/"},
     "typer": {"cli.py"},
     "accelerate": {"dpo/"},
     "gguf": set(),

@@ -35,8 +35,8 @@ GOOD = [make_pair(n) for n in range(12)]
 FILES = {
     "broken JSON": (lines(*GOOD[:2]) + '{"prompt": \n' + lines(*GOOD[2:]), ["line 3", "broken JSON"]),
     "missing columns": (lines({"prompt": "a", "chosen": "b"}), ["rejected", "prompt, chosen"]),
-    "zero rows": ("", ["no rows"]),
-    "a list in a line": ("[1, 2]\n", ["row 1", "JSON object"]),
+    "zero rows": ("", ["is empty"]),
+    "a list in a line": ("[1, 2]\n", ["line 1", "JSON object"]),
     "too few for a step": (lines(*GOOD[:4]), ["train.pairs_per_step"]),
 }
 
@@ -72,7 +72,7 @@ def test_no_such_file_suggests_a_near_name(cli: CommandLine, tiny_overrides: lis
         (["lora.init=pissa"], ["base weights", "reference"]),
         (["lora.init=glorot"], ["glorot", "gaussian"]),
         (["parent=no-such-run"], ["no-such-run"]),
-        (["train.pairs_per_step=64"], ["27 training pairs"]),
+        (["train.pairs_per_step=64"], ["training pairs", "or lower"]),
         (["model.quantization=nf4"], ["dpo-lora[quantized]"]),
         (["tracking=none", "train.epochs=0.01", "train.max_steps=null"], ["less than one optimizer step"]),
     ],

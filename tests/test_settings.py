@@ -201,7 +201,11 @@ def compose(*overrides: str) -> RunSettings:
 GROUPS = ("model", "data", "lora", "dpo", "train", "eval", "tracking", "experiment")
 PRESETS = sorted((group, file.stem) for group in GROUPS for file in (ROOT / "conf" / group).glob("*.yaml"))
 # What a preset leaves to its user.
-NEEDED = {("data", "local"): ["data.path=pairs.jsonl"], ("model", "hub"): ["model.name=OWNER/NAME"]}
+NEEDED = {
+    ("data", "local"): ["data.path=pairs.jsonl"],
+    ("data", "mix"): ["data.mix=[{path: pairs.jsonl}]"],
+    ("model", "hub"): ["model.name=OWNER/NAME"],
+}
 
 
 @pytest.mark.parametrize(("group", "name"), PRESETS, ids=["/".join(p) for p in PRESETS])
