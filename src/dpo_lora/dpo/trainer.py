@@ -53,6 +53,7 @@ class PairTrainer(WholeCheckpoints):
         self.heldout = heldout_rows
         self.record = record  # of every evaluation; None for a trainer that only scores
         self.sampler = sampler
+        self._is_untrained = False  # check_start has seen that policy and reference are one, and no step was taken
         self.evaluation_seconds = 0.0  # scores, samples and their figures
         self.pairs_seen = 0
         self.tokens_seen = 0
@@ -83,6 +84,7 @@ class PairTrainer(WholeCheckpoints):
         mean over the step's pairs however they are cut.
         """
         model.train()
+        self._is_untrained = False
         rows = inputs["rows"]
         cuts = self._cut(rows)
         total = torch.zeros((), device=self.args.device)
@@ -138,8 +140,11 @@ class PairTrainer(WholeCheckpoints):
 
     # -- exact scores
 
-    def score(self, rows: Dataset) -> PairScores:
+    def score(self, rows: Dataset, *, untrained: bool = False) -> PairScores:
         """Log-probabilities of every pair's answers under policy and reference, without dropout.
+
+        Args:
+            untrained: policy and reference are one, as :meth:`check_start` made sure: one pass does for both.
 
         Each rank takes every world_size-th row and the gathered rows are put back in order, so that
         none is counted twice, as padding for equal batches would.
@@ -154,7 +159,6 @@ class PairTrainer(WholeCheckpoints):
             indices = mine[start : start + self.run.eval.batch]
             batch_rows = [rows[i] for i in indices]
             batch = self._batch(batch_rows)
-            policy = self._logps(batch)
             keys = [pair_hash(r) for r in batch_rows]
             if all(key in self._reference for key in keys):
                 reference = [self._reference[key] for key in keys]
@@ -162,6 +166,7 @@ class PairTrainer(WholeCheckpoints):
                 with self.as_reference() as model:
                     reference = self._logps(batch, model)
                 self._reference.update(zip(keys, reference, strict=True))
+            policy = reference if untrained else self._logps(batch)
             found += [(i, (*p, *r)) for i, p, r in zip(indices, policy, reference, strict=True)]
         if self.accelerator.num_processes > 1:
             found = gather_object(found)
@@ -196,8 +201,8 @@ class PairTrainer(WholeCheckpoints):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the held-out pairs exactly, record the figures and log them."""
         assert self.record is not None
-        begun = time.monotonic()
-        metrics = self.record.add(self.state.global_step, self.score(self.heldout))
+        begun, step = time.monotonic(), self.state.global_step
+        metrics = self.record.add(step, self.score(self.heldout, untrained=self._is_untrained))
         self.log(dict(metrics))
         if self.sampler is not None:
             self.sampler.after_evaluation(self)
@@ -222,3 +227,4 @@ class PairTrainer(WholeCheckpoints):
                 f"Before the first update the policy is not its reference: margins differ by {off:.2g} nats a token. "
                 "Some lora.init or a changed base model moves the start; nothing was trained."
             )
+        self._is_untrained = True
