@@ -20,6 +20,7 @@ ROOMS = {
     "omegaconf": {"settings.py", "schema.py", "composition.py", "train.py", "typos.py"},
     "datasets": {"preferences/", "dpo/", "lifecycle.py"},
     "jinja2": {"reports/"},
+    "matplotlib": {"reports/"},
     "typer": {"cli.py"},
     "accelerate": {"dpo/"},
     "gguf": set(),
