@@ -177,6 +177,20 @@ def compare(
 
 
 @app.command()
+def judge(
+    runs: Annotated[list[str], typer.Argument(help="One run: reference against policy. Two: first against second.")],
+    model: Annotated[str, typer.Option(help="The judge's name at the endpoint.")],
+    base_url: Annotated[str, typer.Option(envvar="OPENAI_BASE_URL", help="Up to and including /v1.")],
+    cost: Annotated[bool, typer.Option("--cost", help="Say what it would ask, and ask nothing.")] = False,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Win rate of answers by a chat model at an OpenAI-compatible endpoint; the key comes from OPENAI_API_KEY."""
+    from dpo_lora.evaluation import commands
+
+    commands.judge(runs, model, base_url, os.environ.get("OPENAI_API_KEY"), cost, outputs)
+
+
+@app.command()
 def report(
     target: Annotated[str, typer.Argument(help="A run, or a folder of runs such as 'outputs'.")] = "latest",
     outputs: Outputs = Path("outputs"),

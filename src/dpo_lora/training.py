@@ -128,7 +128,8 @@ class Training:
         kept = self._take_best(trainer, record)
         begun = time.monotonic()
         sampler.take(trainer, kept)
-        self.timings["evaluation_seconds"] = round(trainer.evaluation_seconds + time.monotonic() - begun, 3)
+        self.timings["samples_seconds"] = round(time.monotonic() - begun, 3)
+        self.timings["evaluation_seconds"] = round(trainer.evaluation_seconds + self.timings["samples_seconds"], 3)
         if not trainer.is_world_process_zero():
             return
         self.base.tokenizer.save_pretrained(self.run.path)

@@ -1,12 +1,23 @@
-"""Intervals against textbook values and by simulation; scores by hand."""
+"""Intervals against textbook values and by simulation; tests and figures by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from dpo_lora.evaluation.figures import baselines, figures
 from dpo_lora.evaluation.scores import PairScores
-from dpo_lora.evaluation.statistics import wilson_interval
+from dpo_lora.evaluation.statistics import (
+    bootstrap_intervals,
+    mean_interval,
+    pairs_needed_against_coin,
+    pairs_needed_for_difference,
+    sign_test,
+    weighted_mean,
+    wilson_interval,
+)
+
+SIMULATIONS = 2000
 
 
 def test_wilson_against_published_values() -> None:
@@ -19,21 +30,110 @@ def test_wilson_against_published_values() -> None:
     ]:
         interval = wilson_interval(successes / count, count)
         assert interval == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(1.0, 42)[1] == 1.0
 
 
-def scores(margins: list[float]) -> PairScores:
+@pytest.mark.parametrize("truth", [0.5, 0.7, 0.9])
+def test_wilson_covers_what_it_says(truth: float) -> None:
+    rng = np.random.default_rng(1)
+    shares = rng.binomial(200, truth, size=SIMULATIONS) / 200
+    covered = [low <= truth <= high for low, high in (wilson_interval(s, 200) for s in shares)]
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_the_margin_interval_covers_what_it_says() -> None:
+    rng = np.random.default_rng(2)
+    covered = [low <= 0.3 <= high for low, high in (mean_interval(rng.normal(0.3, 1, 200)) for _ in range(SIMULATIONS))]
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+@pytest.mark.parametrize("pairs_a_prompt", [1, 3])
+def test_the_bootstrap_covers_what_it_says_where_pairs_share_prompts(pairs_a_prompt: int) -> None:
+    """Pairs of one prompt all win or all lose: Wilson, which takes them as independent, would be too narrow."""
+    rng = np.random.default_rng(3)
+    clusters = [f"{n:03d}" for n in range(200) for _ in range(pairs_a_prompt)]
+    covered, wilson = [], []
+    for _ in range(SIMULATIONS):
+        wins = np.repeat(rng.random(200) < 0.7, pairs_a_prompt).astype(float)
+        [(low, high)] = bootstrap_intervals(lambda w, wins=wins: [weighted_mean(wins, w)], clusters, draws=200)
+        covered.append(low <= 0.7 <= high)
+        low, high = wilson_interval(float(wins.mean()), len(wins))
+        wilson.append(low <= 0.7 <= high)
+    assert 0.93 <= np.mean(covered) <= 0.97
+    assert np.mean(wilson) > 0.93 if pairs_a_prompt == 1 else np.mean(wilson) < 0.85
+
+
+def test_mcnemar_by_hand() -> None:
+    assert sign_test(0, 0) == 1.0
+    assert sign_test(1, 9) == pytest.approx(22 / 1024)
+    assert sign_test(5, 5) == 1.0
+    assert sign_test(5200, 4800) == pytest.approx(6.4e-5, rel=0.05)
+
+
+def test_pairs_needed_find_the_difference_four_times_in_five() -> None:
+    needed = pairs_needed_against_coin(0.6)
+    assert needed == pytest.approx(194, abs=2)  # Fleiss, Statistical Methods for Rates and Proportions, one sample
+    rng = np.random.default_rng(4)
+    shares = rng.binomial(needed, 0.6, size=SIMULATIONS) / needed
+    found = np.mean([wilson_interval(s, needed)[0] > 0.5 for s in shares])
+    assert 0.75 < found < 0.87
+    assert pairs_needed_against_coin(0.5) is None
+    assert pairs_needed_for_difference(np.zeros(10)) is None
+
+
+def scores(
+    margins: list[float], chosen: int | list[int] = 10, rejected: int | list[int] = 10, topics: list[str] | None = None
+) -> PairScores:
     count = len(margins)
-    zero = np.zeros(count)
-    tokens = np.full(count, 10)
-    ids = [str(i) for i in range(count)]
-    return PairScores(ids, ids, ids, None, np.asarray(margins), zero, zero, zero, tokens, tokens)
+    lengths = [np.broadcast_to(side, count).tolist() for side in (chosen, rejected)]
+    return PairScores.from_rows(
+        {
+            "id": f"{i:03d}",
+            "prompt": f"{i:03d}",
+            "pair": str(i),
+            "topic": topics[i] if topics else None,
+            "policy_chosen": margin,
+            "policy_rejected": 0.0,
+            "reference_chosen": 0.0,
+            "reference_rejected": 0.0,
+            "tokens_chosen": lengths[0][i],
+            "tokens_rejected": lengths[1][i],
+        }
+        for i, margin in enumerate(margins)
+    )
 
 
 def test_ties_count_one_half() -> None:
-    found = scores([1.0, 1.0, 1.0, -1.0, 0.0])
-    assert found.wins.mean() == pytest.approx(0.7)
-    assert list(found.wins) == [1, 1, 1, 0, 0.5]
+    found = figures(scores([1.0, 1.0, 1.0, -1.0, 0.0]), beta=0.1, confidence=0.95)
+    assert found["accuracy"] == pytest.approx(0.7)
+    assert found["ties"] == 1
+    assert found["margin"] == pytest.approx(0.1 * 2 / 5)
 
 
-def test_an_untrained_policy_scores_one_half() -> None:
-    assert scores([0.0] * 7).wins.mean() == 0.5
+def test_a_policy_that_likes_length_alone_gets_one_half_when_length_is_controlled() -> None:
+    longer = [30] * 8 + [5] * 2
+    found = figures(scores([1.0] * 8 + [-1.0] * 2, chosen=longer), beta=0.1, confidence=0.95)
+    assert found["accuracy"] == pytest.approx(0.8)
+    assert found["accuracy_length_controlled"] == pytest.approx(0.5)
+    assert baselines(scores([1.0] * 10, chosen=longer), 0.95)["longer_wins"] == pytest.approx(0.8)
+    assert figures(scores([1.0] * 4, chosen=30), 0.1, 0.95)["accuracy_length_controlled"] is None
+
+
+def test_calibration_of_honest_margins_is_good_and_of_loud_ones_bad() -> None:
+    rng = np.random.default_rng(5)
+    margins = np.abs(rng.normal(0, 2, 4000))
+    right = rng.random(4000) < 1 / (1 + np.exp(-margins))
+    honest = np.where(right, margins, -margins)
+    good = figures(scores((honest / 0.1).tolist()), 0.1, 0.95)
+    loud = figures(scores((honest / 0.02).tolist()), 0.1, 0.95)
+    assert good["calibration_error"] < 0.03
+    assert loud["calibration_error"] > 0.08
+    assert loud["brier"] > good["brier"]
+
+
+def test_topics_and_lengths_are_told_apart() -> None:
+    found = figures(
+        scores([1.0, 1.0, -1.0, -1.0], chosen=[30, 30, 4, 10], topics=["a", "a", "b", "b"]), beta=0.1, confidence=0.95
+    )
+    assert [(g["name"], g["pairs"], g["accuracy"]) for g in found["by_topic"]] == [("a", 2, 1.0), ("b", 2, 0.0)]
+    assert [g["name"] for g in found["by_length"]] == ["under 0.5", "0.8 to 1.25", "2 and over"]

@@ -82,3 +82,18 @@ def test_names_from_data_cannot_write_markdown(cli: CommandLine, tiny_overrides:
     text = card.render(directory)
     assert "<script>" not in text
     assert "[x](javascript" not in text
+
+
+def test_the_hub_reads_the_exact_metrics(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    import json
+
+    from huggingface_hub import ModelCard
+
+    run = cli("train", *tiny_overrides).run
+    after = json.loads((run / "eval.json").read_text())["after"]
+    results = ModelCard.load(run / "README.md").data.eval_results
+    assert results is not None
+    assert {(r.metric_type, r.metric_value) for r in results} >= {
+        ("accuracy", after["accuracy"]),
+        ("loss", after["loss"]),
+    }

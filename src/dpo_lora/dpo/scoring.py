@@ -26,12 +26,16 @@ class ExactScoring(WholeCheckpoints):
     heldout: Dataset
     collate: Any
     _reference: dict[str, tuple[float, ...]]  # reference log-probabilities, by pair_hash
+    _is_untrained: bool  # check_start has seen that policy and reference are one, and no step was taken
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {k: v.to(self.args.device) for k, v in self.collate(rows).items()}
 
-    def score(self, rows: Dataset) -> PairScores:
+    def score(self, rows: Dataset, *, untrained: bool = False) -> PairScores:
         """Log-probabilities of every pair's answers under policy and reference, without dropout.
+
+        Args:
+            untrained: policy and reference are one, as :meth:`check_start` made sure: one pass does for both.
 
         Each rank takes every world_size-th row and the gathered rows are put back in order, so that
         none is counted twice, as padding for equal batches would.
@@ -46,8 +50,8 @@ class ExactScoring(WholeCheckpoints):
             indices = mine[start : start + self.run.eval.batch]
             batch_rows = [rows[i] for i in indices]
             batch = self.batch(batch_rows)
-            policy = self._logps(batch)
             reference = self._reference_logps(batch_rows, batch)
+            policy = reference if untrained else self._logps(batch)
             found += [(i, (*p, *r)) for i, p, r in zip(indices, policy, reference, strict=True)]
         if self.accelerator.num_processes > 1:
             found = gather_object(found)
@@ -105,3 +109,4 @@ class ExactScoring(WholeCheckpoints):
                 f"Before the first update the policy is not its reference: margins differ by {off:.2g} nats a token. "
                 "Some lora.init or a changed base model moves the start; nothing was trained."
             )
+        self._is_untrained = True

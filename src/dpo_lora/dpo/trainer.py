@@ -59,6 +59,7 @@ class PairTrainer(ExactScoring):
         self.heldout = heldout_rows
         self.record = record  # of every evaluation; None for a trainer that only scores
         self.sampler = sampler
+        self._is_untrained = False  # check_start has seen that policy and reference are one, and no step was taken
         self.evaluation_seconds = 0.0  # scores, samples and their figures
         self.pairs_seen = 0
         self.tokens_seen = 0
@@ -108,6 +109,7 @@ class PairTrainer(ExactScoring):
         done again; the optimizer has not moved by then.
         """
         model.train()
+        self._is_untrained = False
         rows = inputs["rows"]
         noted = {name: len(values) for name, values in self._metrics["train"].items()}
 
@@ -195,8 +197,8 @@ class PairTrainer(ExactScoring):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the held-out pairs exactly, record the figures and log them."""
         assert self.record is not None
-        begun = time.monotonic()
-        metrics = self.record.add(self.state.global_step, self.score(self.heldout))
+        begun, step = time.monotonic(), self.state.global_step
+        metrics = self.record.add(step, self.score(self.heldout, untrained=self._is_untrained))
         self.log(dict(metrics))
         if self.sampler is not None:
             self.sampler.after_evaluation(self)

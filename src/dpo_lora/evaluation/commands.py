@@ -60,3 +60,30 @@ def compare(names: list[str], as_json: bool, outputs: Path) -> None:
 
 def _level(confidence: float) -> str:
     return f"{100 * confidence:g} %"
+
+
+def judge(names: list[str], model: str, base_url: str, key: str | None, only_cost: bool, outputs: Path) -> None:
+    """``dpo-lora judge``: cost first, then verdicts, each kept in the (second) run's verdicts.jsonl.
+
+    Raises:
+        UserError: more than two runs, or an endpoint that refuses.
+    """
+    from dpo_lora.evaluation import judge as room
+    from dpo_lora.evaluation.endpoint import Endpoint
+
+    if not 1 <= len(names) <= 2:
+        raise UserError("Name one run (its reference against its policy) or two (the first against the second).")
+    runs = [rundir.find(name, outputs) for name in names]
+    found, verdicts = room.duels(runs), runs[-1].path / "verdicts.jsonl"
+    console = Console()
+    cost = room.estimate(found, model, verdicts)
+    console.print(
+        f"{cost['questions']} questions to {model}, about {cost['prompt_tokens']} prompt and at most "
+        f"{cost['completion_tokens']} reply tokens."
+    )
+    if only_cost:
+        return
+    rows = list(room.judge(found, Endpoint(base_url, model, key), verdicts))
+    summary = room.summary(rows, float(runs[-1].settings()["eval"]["confidence"]))
+    rundir.write_json(runs[-1].path / "judge.json", {"model": model, "runs": [r.path.name for r in runs], **summary})
+    terminal.show_verdicts(console, [r.path.name for r in runs], summary)

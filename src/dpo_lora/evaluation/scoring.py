@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from dpo_lora import lineage, lora, model, settings
 from dpo_lora.device import choose
 from dpo_lora.dpo.arguments import arguments
@@ -88,7 +86,7 @@ def _data(data: str) -> Any:
 
 
 def _scorer(
-    target: Target, run: RunSettings, machine: Any, base: model.BaseModel, rows: Dataset, scratch: Path
+    target: Target, run: RunSettings, machine: Any, base: model.BaseModel, rows: Any, scratch: Path
 ) -> PairTrainer:
     """The trainer that made the run's own scores, with the saved adapter in it; it only scores."""
     parent = lineage.resolve(run.parent, Path(run.outputs)) if target.run is not None else None

@@ -38,7 +38,7 @@ def render(run: RunDir, hub_id: str | None = None) -> str:
     name = hub_id.rsplit("/", 1)[-1] if hub_id else run.path.name
     base = manifest["reference"]["base"]
     return environment.get_template("card.md.j2").render(
-        front_matter=_front_matter(name, manifest),
+        front_matter=_front_matter(name, manifest, evaluation),
         name=name,
         base=base,
         model=repr(hub_id or str(run.path)),
@@ -58,7 +58,7 @@ _QUESTIONS = {
 }
 
 
-def _front_matter(name: str, manifest: dict[str, Any]) -> str:
+def _front_matter(name: str, manifest: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     base = manifest["reference"]["base"]
     values: dict[str, Any] = {
         "base_model": base["name"],
@@ -71,4 +71,41 @@ def _front_matter(name: str, manifest: dict[str, Any]) -> str:
         values["license"] = base["license"]
     if manifest["data"]["source"] == "hub":
         values["datasets"] = [manifest["data"]["path"]]
+    if evaluation is not None:
+        values["model-index"] = _model_index(name, manifest["data"], evaluation)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
+
+
+def _model_index(name: str, data: dict[str, Any], evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The exact held-out figures, in the form that the hub reads and shows."""
+    after = evaluation["after"]
+    low, high = after["accuracy_interval"]
+    level = f"{100 * evaluation['confidence']:g} %"
+    metrics = [
+        {
+            "type": "accuracy",
+            "name": f"Held-out preference accuracy ({level} interval {low:.4f} to {high:.4f}, {after['pairs']} pairs)",
+            "value": after["accuracy"],
+        },
+        {"type": "reward_margin", "name": "Mean held-out reward margin", "value": after["margin"]},
+        {"type": "loss", "name": "Held-out DPO loss", "value": after["loss"]},
+    ]
+    if after["accuracy_length_controlled"] is not None:
+        controlled = after["accuracy_length_controlled"]
+        metrics.append({"type": "accuracy", "name": "Length-controlled held-out accuracy", "value": controlled})
+    return [
+        {
+            "name": name,
+            "results": [
+                {
+                    "task": {"type": "text-generation", "name": "Preference ranking"},
+                    "dataset": {
+                        "name": data["name"],
+                        "type": data["path"] if data["source"] == "hub" else data["name"],
+                        "split": "held out",
+                    },
+                    "metrics": metrics,
+                }
+            ],
+        }
+    ]

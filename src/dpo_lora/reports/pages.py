@@ -56,7 +56,7 @@ def safe_link(address: object) -> str | None:
     text = str(address)
     if text.startswith(("https://", "http://")):
         return text
-    return text if re.fullmatch(r"(\.{0,2}/)*[\w.][\w./ -]*", text) and ":" not in text else None
+    return text if re.fullmatch(r"(\.{1,2}/)*[\w.][\w./ -]*", text) and ":" not in text else None
 
 
 def _share(value: float | None) -> str:

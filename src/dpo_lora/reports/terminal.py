@@ -88,3 +88,19 @@ def _number(value: float | None) -> str:
 def _interval(bounds: list[float | None]) -> str:
     low, high = bounds
     return "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+
+
+def show_verdicts(console: Console, names: list[str], found: dict[str, Any]) -> None:
+    """A judge's win rate, ending with what it could not judge."""
+    sides = (f"{names[0]}: trained", "its reference") if len(names) == 1 else (names[1], names[0])
+    if found["win_rate"] is None:
+        console.print("No prompt has a verdict in both orders; ask again later: what was answered is kept.")
+        return
+    low, high = found["win_rate_interval"]
+    console.print(
+        f"{escape(sides[0])} wins {found['win_rate']:.3f} ({low:.3f} to {high:.3f}) against {escape(sides[1])} on "
+        f"{found['prompts']} prompts; {_number(found['win_rate_length_controlled'])} with length controlled; the same "
+        f"winner in both orders on {found['consistent']:.0%}."
+    )
+    if found["without_verdict"]:
+        console.print(f"{found['without_verdict']} questions have no verdict; the same command asks those again.")

@@ -34,6 +34,7 @@ for (const filter of document.querySelectorAll(".filter")) {
     count.textContent = `${shown} of ${rows.length}`;
   };
   words.addEventListener("input", apply);
+  filter.addEventListener("submit", (event) => event.preventDefault());
   status.addEventListener("change", apply);
   apply();
 }

@@ -1,0 +1,75 @@
+"""A headless Chromium, where there is one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+QUIET = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--virtual-time-budget=4000",
+]  # fmt: skip
+
+
+class Browser:
+    """Opens pages from the disk and says what became of them."""
+
+    def __init__(self, program: str, scratch: Path):
+        self.program, self.scratch = program, scratch
+        self.count = 0
+
+    def _run(self, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+        self.count += 1
+        profile = self.scratch / f"profile-{self.count}"
+        return subprocess.run(
+            [self.program, *QUIET, f"--user-data-dir={profile}", *flags, page.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+
+    def document(self, page: Path) -> str:
+        """The document after its scripts ran."""
+        return self._run(page, "--dump-dom").stdout
+
+    def console(self, page: Path) -> str:
+        """What the page wrote to the console, errors and refusals included."""
+        lines = self._run(page, "--dump-dom", "--enable-logging=stderr", "--v=0").stderr.splitlines()
+        return "\n".join(line for line in lines if "CONSOLE" in line)
+
+    def requests(self, page: Path) -> list[str]:
+        """Every address that the page asked for, besides itself."""
+        log = self.scratch / f"net-{self.count}.json"
+        self._run(page, "--dump-dom", f"--log-net-log={log}")
+        import re
+
+        found = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text(errors="replace")))
+        return sorted(found)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Browser:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine: pages are not opened in a browser")
+    return Browser(program, tmp_path)
+
+
+@pytest.fixture
+def write_probe(tmp_path: Path) -> Callable[[Path, str], Path]:
+    """A copy of a page with a script of the test's added; the page's own policy is lifted for it."""
+
+    def write(page: Path, script: str) -> Path:
+        text = page.read_text(encoding="utf-8")
+        start = text.index("<meta http-equiv")
+        text = text[:start] + text[text.index(">", start) + 1 :]
+        copy = tmp_path / "probe.html"
+        copy.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+        return copy
+
+    return write
