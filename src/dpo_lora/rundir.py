@@ -90,7 +90,7 @@ class RunDir:
         try:
             if path is None:
                 outputs.mkdir(parents=True, exist_ok=True)
-                path = _claim_second(outputs, name)
+                path = claim_second(outputs, name)
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path.resolve())
             run._hold()
@@ -107,7 +107,7 @@ class RunDir:
                 f"Cannot write a run into {path or outputs}: {error.strerror}. "
                 "Choose a writable folder with outputs=FOLDER."
             ) from error
-        run.write_manifest({"status": RUNNING, "started": _now()})
+        run.write_manifest({"status": RUNNING, "started": now()})
         return run
 
     @classmethod
@@ -231,7 +231,8 @@ def _runs(outputs: Path) -> list[RunDir]:
     return [RunDir(p.parent) for depth in ("*", "*/*") for p in outputs.glob(f"{depth}/run.json")]
 
 
-def _claim_second(outputs: Path, name: str) -> Path:
+def claim_second(outputs: Path, name: str) -> Path:
+    """A new folder ``outputs/<name>-<unix seconds>``; where that second is taken, the next free one."""
     second = int(time.time())
     while True:
         path = outputs / f"{name}-{second}"
@@ -243,10 +244,11 @@ def _claim_second(outputs: Path, name: str) -> Path:
             return path
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, to the second, as ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def ended(status: str, **facts: Any) -> dict[str, Any]:
     """The manifest's closing entries."""
-    return {"status": status, "ended": _now(), **facts}
+    return {"status": status, "ended": now(), **facts}

@@ -1,0 +1,170 @@
+"""Which setting is best, and which cannot be told from it.
+
+Two kinds of noise stand between a held-out score and a setting's worth: which pairs happen to be
+held out, and the seed. Their half-widths are added in quadrature, which overstates a little where
+they overlap. Settings are compared pair by pair, on the same held-out pairs and the same seeds: most
+of the noise is common to both and drops out. The intervals of the comparisons against the best are
+widened for their number (Bonferroni), since the best of many is partly luck.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+from dpo_lora import objectives
+from dpo_lora.rundir import read_jsonl
+from dpo_lora.sweeps.trial import Trial
+
+Interval = tuple[float, float]
+
+
+@dataclass
+class Score:
+    """One finished trial's figures."""
+
+    trial: Trial
+    figures: dict[str, float]
+    half_width: float | None  # of the objective's interval over held-out pairs, at the run's confidence
+    wins: dict[str, float] = field(default_factory=dict)  # pair id -> 1, 0.5 or 0; empty where rows are missing
+
+
+@dataclass
+class Ranked:
+    """One setting, over its seeds."""
+
+    setting: str
+    varied: dict[str, str]
+    trials: list[str]
+    seeds: list[int]
+    value: float
+    interval: Interval | None
+    behind: float | None = None  # the best's value minus this one's, over what both scored
+    behind_interval: Interval | None = None  # widened for the number of comparisons
+    paired: int = 0  # held-out pairs the comparison rests on; 0: it is not paired
+    distinguishable: bool = True  # from the best
+
+
+def score(trial: Trial, objective: str) -> Score | None:
+    """A finished trial's score; None where the objective is not a finite number."""
+    figures = objectives.read(trial.run)
+    if objective not in figures:
+        return None
+    after = json.loads(trial.run.eval_file.read_text(encoding="utf-8"))["after"]
+    bounds = after.get(f"{objective}_interval")
+    known = bounds and all(b is not None and math.isfinite(b) for b in bounds)
+    half = (bounds[1] - bounds[0]) / 2 if known else None
+    return Score(trial, figures, half, _wins(trial) if objective == "accuracy" else {})
+
+
+def rank(scores: list[Score], objective: str, confidence: float) -> list[Ranked]:
+    """Settings from best to worst, each compared with the best.
+
+    Args:
+        confidence: of every interval, in (0, 1).
+    """
+    groups: dict[str, list[Score]] = {}
+    for one in scores:
+        groups.setdefault(one.trial.setting, []).append(one)
+    sign = 1.0 if objectives.DIRECTIONS[objective] == objectives.MAXIMIZE else -1.0
+    ranked = {name: _ranked(group, objective, confidence) for name, group in groups.items()}
+    # Ties are broken by the margin, then by name, so that equal sweeps rank equally.
+    order = sorted(ranked, key=lambda name: (-sign * ranked[name].value, -_margin(groups[name]), name))
+    for name in order[1:]:
+        _compare(ranked[name], groups[order[0]], groups[name], objective, sign, 1 - (1 - confidence) / (len(order) - 1))
+    if order:
+        ranked[order[0]].distinguishable = False
+    return [ranked[name] for name in order]
+
+
+def _ranked(group: list[Score], objective: str, confidence: float) -> Ranked:
+    values = [one.figures[objective] for one in group]
+    half = _half_width(group, values, confidence)
+    mean = fmean(values)
+    return Ranked(
+        group[0].trial.setting,
+        group[0].trial.varied,
+        [one.trial.id for one in group],
+        sorted(one.trial.seed for one in group),
+        mean,
+        None if half is None else (mean - half, mean + half),
+    )
+
+
+def _half_width(group: list[Score], values: list[float], confidence: float) -> float | None:
+    over_pairs = [one.half_width for one in group if one.half_width is not None]
+    parts = []
+    if over_pairs:
+        parts.append(fmean(over_pairs))
+    if len(values) > 1:
+        parts.append(seed_half_width(values, confidence))
+    return math.hypot(*parts) if parts else None
+
+
+def seed_half_width(values: list[float], confidence: float) -> float:
+    """Half of Student's interval of the mean of two or more values."""
+    return t_quantile(0.5 + confidence / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def _compare(
+    other: Ranked, best_group: list[Score], group: list[Score], objective: str, sign: float, confidence: float
+) -> None:
+    best_by_seed = {one.trial.seed: one for one in best_group}
+    matched = [(best_by_seed[one.trial.seed], one) for one in group if one.trial.seed in best_by_seed]
+    per_seed = [sign * (a.figures[objective] - b.figures[objective]) for a, b in matched]
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    common = set.intersection(*(set(a.wins) & set(b.wins) for a, b in matched)) if matched else set()
+    parts: list[float] = []
+    if len(common) > 1:
+        by_pair = [fmean(a.wins[i] - b.wins[i] for a, b in matched) for i in sorted(common)]
+        other.paired, other.behind = len(by_pair), fmean(by_pair)
+        parts.append(z * stdev(by_pair) / math.sqrt(len(by_pair)))
+    else:
+        best_value = fmean(one.figures[objective] for one in best_group)
+        other.behind = fmean(per_seed) if per_seed else sign * (best_value - other.value)
+        # Not paired: the runs' own intervals, brought from their confidence to this one.
+        usual = NormalDist().inv_cdf(0.975)
+        parts += [fmean(h) * z / usual for g in (best_group, group) if (h := [s.half_width for s in g if s.half_width])]
+    if len(per_seed) > 1:
+        parts.append(seed_half_width(per_seed, confidence))
+    if parts:
+        half = math.hypot(*parts)
+        other.behind_interval = (other.behind - half, other.behind + half)
+        other.distinguishable = other.behind_interval[0] > 0
+    else:
+        other.distinguishable = other.behind > 0
+
+
+def _margin(group: list[Score]) -> float:
+    return fmean(one.figures.get("margin", 0.0) for one in group)
+
+
+def _wins(trial: Trial) -> dict[str, float]:
+    """Pair id -> win, from eval_pairs.jsonl where the run has left one."""
+    file = trial.path / "eval_pairs.jsonl"
+    if not file.exists():
+        return {}
+    rows: list[dict[str, Any]] = [row for row in read_jsonl(file) if "id" in row]
+    return {str(row["id"]): float(row["win"]) for row in rows}
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """The quantile of Student's t distribution above the median, by bisection of its integral."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+
+    def mass(angle: float) -> float:
+        """P(0 < T < sqrt(freedom) tan(angle)), by Simpson's rule in the angle, where the integrand is smooth."""
+        steps = 200
+        width = angle / steps
+        heights = [math.cos(i * width) ** (freedom - 1) for i in range(steps + 1)]
+        inner = 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
+        return scale * math.sqrt(freedom) * width / 3 * (heights[0] + inner + heights[-1])
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mass(middle) < probability - 0.5 else (low, middle)
+    return math.sqrt(freedom) * math.tan((low + high) / 2)
