@@ -111,3 +111,43 @@ def dpo_lora(*words: str, cwd: Path | None = None, **environment: str) -> subpro
         check=False,
         timeout=300,
     )
+
+
+class Outcome:
+    """What a command line left: exit code, stdout, stderr and, where the last line names one, the run's directory."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def run(self) -> Path:
+        assert self.code == 0, self.err
+        return Path(self.out.strip().splitlines()[-1])
+
+
+class CommandLine:
+    """The real entry point with real arguments, in this process: imports are paid for once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def __call__(self, *words: str) -> Outcome:
+        from hydra.core.global_hydra import GlobalHydra
+
+        from dpo_lora import cli
+
+        GlobalHydra.instance().clear()
+        self.monkeypatch.setattr(sys, "argv", ["dpo-lora", *words])
+        self.capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        out, err = self.capfd.readouterr()
+        return Outcome(code, out, err)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capfd)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -77,11 +79,36 @@ def run_hydra(entry: Callable[[], None], overrides: list[str] | None) -> None:
     if overrides is not None:
         sys.argv = [sys.argv[0], *overrides]
     record_command("train", *sys.argv[1:])
+    sys.argv[1:] = _overrides_first(sys.argv[1:])
     # Hydra would print and exit by itself; with this it hands the exception over.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         entry()
     except (UserError, HydraException, OmegaConfBaseException) as error:
+        refuse(error)
+    except ValueError as error:
+        if not str(error).startswith("Only one of --run"):  # flags that exclude each other
+            raise
+        refuse(error)
+
+
+def _overrides_first(words: list[str]) -> list[str]:
+    """The same words with the flags last: Hydra refuses an override that follows a flag."""
+    overrides = get_args_parser().parse_intermixed_args(words).overrides
+    flags = list(words)
+    for override in overrides:
+        flags.remove(override)
+    return [*overrides, *flags]
+
+
+@contextlib.contextmanager
+def refusing(place: Place) -> Iterator[None]:
+    """End a single run at a user's mistake here, before Hydra adds its own lines; a trial's goes to its sweep."""
+    try:
+        yield
+    except (UserError, OmegaConfBaseException) as error:
+        if place.sweep is not None:
+            raise
         refuse(error)
 
 

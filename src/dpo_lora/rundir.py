@@ -228,7 +228,12 @@ def find(run: str, outputs: Path) -> RunDir:
 
 def _runs(outputs: Path) -> list[RunDir]:
     """Runs and trials below ``outputs``, whatever their status."""
-    return [RunDir(p.parent) for depth in ("*", "*/*") for p in outputs.glob(f"{depth}/run.json")]
+    return [
+        RunDir(p.parent)
+        for depth in ("*", "*/*")
+        for p in outputs.glob(f"{depth}/run.json")
+        if not p.parent.is_symlink() and not p.parent.parent.is_symlink()
+    ]
 
 
 def claim_second(outputs: Path, name: str) -> Path:

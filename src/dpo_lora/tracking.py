@@ -34,7 +34,7 @@ class NoTracker:
         pass
 
     def link(self) -> dict[str, Any]:
-        return {"kind": "none"}
+        return {"kind": "none", "url": None}
 
 
 class TensorBoardTracker:
@@ -55,7 +55,7 @@ class TensorBoardTracker:
         log.warning("TensorBoard keeps no artifacts; tracking.log_adapter=true had no effect.")
 
     def link(self) -> dict[str, Any]:
-        return {"kind": "tensorboard", "folder": str(self.folder)}
+        return {"kind": "tensorboard", "url": None, "folder": str(self.folder)}
 
 
 class WandbTracker:

@@ -19,9 +19,10 @@ composition.register_resolvers()
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def hydra_entry(cfg: DictConfig) -> None:
     """One run, or one trial of a sweep; its directory is the last line on stdout."""
-    settings = from_hydra(cfg)
     place = composition.place()
-    print(train(settings, trial=place.trial, sweep=place.sweep, overrides=place.overrides), flush=True)  # noqa: T201
+    with composition.refusing(place):
+        settings = from_hydra(cfg)
+        print(train(settings, trial=place.trial, sweep=place.sweep, overrides=place.overrides), flush=True)  # noqa: T201
 
 
 def train(
@@ -58,7 +59,8 @@ def train(
         training = Training(settings, run, machine, base, pairs, adapter, parent, stop, console)
         with tracking.open_tracker(settings.tracking, run, sweep, plain(settings)) as tracker:
             training.execute(tracker)
-    run.point_latest()
+    if sweep is None:
+        run.point_latest()
     return run.path
 
 

@@ -30,8 +30,10 @@ def explain(error: BaseException) -> str:
         if isinstance(link, OmegaConfBaseException) and link.full_key:
             return _bad_setting(link, str(link.full_key))
     text = str(error).strip()
+    if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{ambiguous[1]} lists several values: add -m to run each, or write a list as NAME=[A,B]."
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    return _unknown_setting(unknown[1].split("@")[0]) if unknown else f"{text.splitlines()[0]} {_HELP}"
+    return _unknown_setting(unknown[1].split("@")[0]) if unknown else f"{text.splitlines()[0]}. {_HELP}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

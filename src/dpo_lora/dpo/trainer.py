@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,19 +19,18 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_lora import checkpoints
 from dpo_lora.callbacks import NotFiniteError
+from dpo_lora.dpo.saving import WholeCheckpoints
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation.scores import PairScores
 from dpo_lora.schema import RunSettings
 
 
-class PairTrainer(trl.DPOTrainer):
+class PairTrainer(WholeCheckpoints):
     """TRL's trainer over pairs that are tokenised already."""
 
     # Set by the base class, which types them as optional; here they always are.
     model: Any
-    processing_class: Any
     train_dataset: Any
 
     def __init__(
@@ -44,12 +41,10 @@ class PairTrainer(trl.DPOTrainer):
         tokenizer: Any,
         train_rows: Dataset,
         heldout_rows: Dataset,
-        binding: dict[str, str],
         **kwargs: Any,
     ):
         self.run = run
         self.heldout = heldout_rows
-        self.binding = binding
         self.history: list[dict[str, Any]] = []  # every evaluation's summary, with its step
         self.scores: PairScores | None = None  # of the last evaluation
         self.pairs_seen = 0
@@ -58,6 +53,7 @@ class PairTrainer(trl.DPOTrainer):
         self._reference: dict[str, tuple[float, float]] = {}  # held-out reference log-probabilities, by id
         self.collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
         super().__init__(
+            keep_checkpoints=run.train.keep_checkpoints,
             args=args,
             processing_class=tokenizer,
             train_dataset=train_rows,
@@ -216,47 +212,3 @@ class PairTrainer(trl.DPOTrainer):
                 f"Before the first update the policy is not its reference: margins differ by {off:.2g} nats a token. "
                 "Some lora.init or a changed base model moves the start; nothing was trained."
             )
-
-    # -- what is kept
-
-    def save_adapter(self, folder: Path) -> None:
-        """The trained adapter, loadable from ``folder`` by transformers and PEFT."""
-        model = self.accelerator.unwrap_model(self.model)
-        # save_embedding_layers: PEFT would ask the hub whether the vocabulary changed; it did not.
-        model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours follows
-        for file in folder.glob("adapter_*"):
-            file.chmod(0o644)  # safetensors makes files that only their owner reads
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        assert output_dir is not None
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        self.save_adapter(Path(output_dir))  # and no training_args.bin: a pickle, with the hub token in clear
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        assert self.args.output_dir is not None
-        folder = Path(self.args.output_dir)
-        with self._staging(folder) as staging:
-            # The grandparent's: TRL's would write a model card template into each checkpoint.
-            super(trl.DPOTrainer, self)._save_checkpoint(model, trial)
-        if self.args.should_save:
-            staged = staging / f"checkpoint-{self.state.global_step}"
-            checkpoints.seal(staged, folder, self.binding)
-            checkpoints.rotate(folder, self.run.train.keep_checkpoints)
-            checkpoints.clear_staging(folder)
-
-    @contextlib.contextmanager
-    def _staging(self, folder: Path) -> Iterator[Path]:
-        staging = folder / checkpoints.STAGING
-        checkpoints.clear_staging(folder)
-        staging.mkdir(parents=True, exist_ok=True)
-        self.args.output_dir = str(staging)
-        try:
-            yield staging
-        finally:
-            self.args.output_dir = str(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # Only the trained adapter: the reference copy of a parent's adapter is the parent's, not the checkpoint's.
-        self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-        self.model.set_adapter("default")

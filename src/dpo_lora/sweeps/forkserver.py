@@ -49,10 +49,7 @@ def main() -> int:
 
 
 def _import_stack() -> None:
-    import peft  # noqa: F401
-    import torch  # noqa: F401
     import transformers.models.auto  # noqa: F401
-    import trl  # noqa: F401
 
     from dpo_lora import device, lifecycle, lineage, lora, model, tracking, train, training  # noqa: F401
     from dpo_lora.preferences import pairs  # noqa: F401

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import shutil
 import sys
-import traceback
 from pathlib import Path
 
 from dpo_lora.errors import UserError
@@ -16,7 +15,10 @@ from dpo_lora.sweeps.trial import Trial
 
 
 def run(path: Path) -> int:
-    """Train the trial in ``path``, from its last whole checkpoint where there is one; the exit code."""
+    """Train the trial in ``path``, from its last whole checkpoint where there is one; the exit code.
+
+    Everything but the user's own mistake is raised: the interpreter's traceback goes to output.log.
+    """
     from dpo_lora.train import train
 
     faulthandler.enable()
@@ -32,9 +34,6 @@ def run(path: Path) -> int:
     except UserError as error:
         print(f"dpo-lora: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    except Exception:  # noqa: BLE001  # the outermost frame of this process: the traceback is for output.log
-        traceback.print_exc()
-        return 1
     return 0
 
 

@@ -1,0 +1,198 @@
+"""What must hold whatever the settings, shown through the real command line on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import CommandLine
+from dpo_lora.rundir import RunDir, read_jsonl
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter_model.safetensors")
+
+
+def assert_bit_identical(a: Path, b: Path) -> None:
+    left, right = adapter(a), adapter(b)
+    assert left.keys() == right.keys()
+    assert left
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def training_rows(run: Path) -> list[dict]:
+    return [row for row in read_jsonl(run / "metrics.jsonl") if "loss" in row]
+
+
+def test_the_first_step_has_a_loss_of_ln_2_and_no_margin(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    first = training_rows(cli("train", *tiny_overrides).run)[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_training_moves_the_adapter(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    weights = adapter(cli("train", *tiny_overrides, "train.learning_rate=1e-2").run)
+    assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name)
+
+
+def test_eight_times_one_pair_equals_one_time_eight(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    """An optimizer step is pairs_per_step pairs however memory is cut; 3 does not divide 8."""
+    runs = [
+        cli(
+            "train", *tiny_overrides, "train.pairs_per_step=8", f"train.micro_batch={m}", "train.learning_rate=1e-2"
+        ).run
+        for m in (8, 1, 3)
+    ]
+    whole = adapter(runs[0])
+    for other in map(adapter, runs[1:]):
+        for name, weight in whole.items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
+    losses = [[row["loss"] for row in training_rows(run)] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    margins = [[row["rewards/margins"] for row in training_rows(run)] for run in runs]
+    assert margins[2] == pytest.approx(margins[0], rel=1e-3, abs=1e-6)
+
+
+def test_the_same_settings_give_the_same_bits(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    assert_bit_identical(cli("train", *tiny_overrides).run, cli("train", *tiny_overrides).run)
+
+
+def test_resume_after_a_kill_equals_an_uninterrupted_run(
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """kill -9 in the middle of an epoch, then resume: the same bits, the same metrics, nothing twice."""
+    steps = [*tiny_overrides, "train.max_steps=30", "train.save_every=3"]
+    whole = cli("train", *steps).run
+    killed_in = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_lora", "train", *steps, f"run_dir={killed_in}"], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(killed_in.glob("checkpoints/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert RunDir(killed_in).manifest()["status"] == "running"
+    assert RunDir(killed_in).status() == "interrupted"
+    outcome = cli("resume", str(killed_in))
+    assert outcome.code == 0, outcome.err
+    assert RunDir(killed_in).status() == "finished"
+    assert_bit_identical(whole, killed_in)
+    assert [r["loss"] for r in training_rows(killed_in)] == [r["loss"] for r in training_rows(whole)]
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    steps = [*tiny_overrides, "train.max_steps=40", "train.save_every=0"]
+    whole = cli("train", *steps).run
+    run = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_lora", "train", *steps, f"run_dir={run}"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not any("loss" in row for row in _rows_so_far(run)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert RunDir(run).manifest()["status"] == "interrupted"
+    assert list(run.glob("checkpoints/checkpoint-*"))
+    assert cli("resume", str(run)).code == 0
+    assert_bit_identical(whole, run)
+
+
+def _rows_so_far(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    return list(read_jsonl(file)) if file.exists() else []
+
+
+def test_two_trials_of_a_sweep_equal_two_runs_apart(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    sweep = cli("train", "-m", *tiny_overrides, "dpo.beta=0.05,0.5", "train.learning_rate=1e-2")
+    assert sweep.code == 0, sweep.err
+    outputs = Path(next(o for o in tiny_overrides if o.startswith("outputs=")).partition("=")[2])
+    trials = sorted(outputs.glob("dpo-*-sweep-*/*/run.json"))
+    assert len(trials) == 2
+    betas = {RunDir(t.parent).settings()["dpo"]["beta"]: t.parent for t in trials}
+    for beta, trial in betas.items():
+        alone = cli("train", *tiny_overrides, f"dpo.beta={beta}", "train.learning_rate=1e-2").run
+        assert_bit_identical(trial, alone)
+
+
+def test_a_finished_run_started_again_does_nothing(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    run = cli("train", *tiny_overrides).run
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    outcome = cli("resume", str(run))
+    assert outcome.code == 0
+    assert "finished" in outcome.err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    run = cli("train", *tiny_overrides).run
+    settings = (run / "settings.yaml").read_text()
+    (run / "settings.yaml").write_text(settings.replace("learning_rate: 0.0001", "learning_rate: 0.1"))
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    outcome = cli("resume", str(run))
+    assert outcome.code == 2
+    assert "settings differ" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    run = cli("train", *tiny_overrides).run
+    newest = run / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    bits = bytearray(newest.read_bytes())
+    bits[len(bits) // 2] ^= 1
+    newest.write_bytes(bits)
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    before = adapter(run)
+    assert cli("resume", str(run)).code == 0
+    assert (run / "checkpoints" / "broken-checkpoint-4").is_dir()
+    after = adapter(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_parent_is_the_reference_and_versions_count_up(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    first = cli("train", *tiny_overrides, "train.learning_rate=1e-2").run
+    second = cli("train", *tiny_overrides, f"parent={first}", "train.learning_rate=1e-2").run
+    manifest = RunDir(second).manifest()
+    assert manifest["version"] == 2
+    assert manifest["parent"]["name"] == first.name
+    # Policy and reference both start from the parent's adapter, not from the base model.
+    assert training_rows(second)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert any(not torch.equal(adapter(first)[n], w) for n, w in adapter(second).items())
+    card = (second / "README.md").read_text()
+    assert first.name.replace("_", "\\_") in card
+    link = manifest["parent"]["link"]
+    assert (second / os.fspath(link)).resolve() == (first / "README.md").resolve()
+
+
+@pytest.mark.parametrize("device_words", [["train=gpu"], ["train.device=cuda"]])
+def test_cuda_is_refused_where_there_is_none(
+    cli: CommandLine, tiny_overrides: list[str], device_words: list[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    words = [w for w in tiny_overrides if w != "train=cpu"]
+    outcome = cli("train", *words, *device_words)
+    assert outcome.code == 2
+    assert "train.device=cuda" in outcome.err
+    assert "train=cpu" in outcome.err
