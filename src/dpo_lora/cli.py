@@ -34,11 +34,21 @@ def train() -> None:
 
 
 @app.command()
-def resume(run: Run, outputs: Outputs = Path("outputs")) -> None:
-    """Continue an interrupted or failed run from its last whole checkpoint."""
+def resume(
+    run: Run,
+    retry: Annotated[bool, typer.Option("--retry", help="A sweep: run its failed trials again, too.")] = False,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Continue an interrupted or failed run from its last whole checkpoint, or a sweep where it stopped."""
     from dpo_lora import rundir
     from dpo_lora.settings import from_plain
+    from dpo_lora.sweeps import directory, status
 
+    if run != "latest" and (sweep := directory.find(run, outputs)) is not None:
+        from dpo_lora.train import main as train_main
+
+        train_main(status.command_again(sweep, retry=retry))
+        return
     found = rundir.find(run, outputs)
     status = found.status()
     if status == rundir.FINISHED:
@@ -48,9 +58,24 @@ def resume(run: Run, outputs: Outputs = Path("outputs")) -> None:
     else:
         from dpo_lora.train import train as start
 
-        in_sweep = (found.path.parent / "multirun.yaml").is_file()
+        in_sweep = any((found.path.parent / name).is_file() for name in ("sweep.json", "multirun.yaml"))
         start(from_plain(found.settings()), resume=found.path, sweep=found.path.parent if in_sweep else None)
     typer.echo(found.path)
+
+
+@app.command()
+def status(
+    sweep: Annotated[str, typer.Argument(help="A sweep's directory, its name in the outputs folder, or 'latest'.")],
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Say how a sweep stands, from any shell: trials, ranking, failures."""
+    from dpo_lora.sweeps import directory
+    from dpo_lora.sweeps import status as room
+
+    found = directory.find(sweep, outputs)
+    if found is None:
+        raise UserError(f"{sweep} is no sweep: it has no sweep.json.")
+    room.show(found)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from dpo_lora.sweeps.trial import PRUNED, Outcome, Trial
 
 LOG_LINES = 15
 _TAIL_BYTES = 16384
+_LINE = 300  # characters; a crash dump lists all loaded libraries in one line
 
 # Why the sweep itself told a trial to stop.
 TIMEOUT, STOPPED, PRUNE = "timeout", "stopped", "prune"
@@ -70,4 +71,5 @@ def last_lines(file: Path, count: int = LOG_LINES) -> list[str]:
             text = stream.read().decode("utf-8", "replace")
     except FileNotFoundError:
         return []
-    return [line for line in text.replace("\r", "\n").splitlines() if line.strip()][-count:]
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return [line[:_LINE] for line in lines[-count:]]

@@ -34,6 +34,9 @@ class Processes(Protocol):
 
     def start(self, job: Job) -> None: ...
 
+    def has_begun(self, job: str) -> bool:
+        """Whether the job's process runs: until then it waits for a machine or for imports, and no clock runs."""
+
     def poll(self, seconds: float) -> list[tuple[str, int]]:
         """Wait up to ``seconds``; the jobs that ended, with exit codes (minus the signal for a killed one)."""
 
@@ -50,12 +53,10 @@ class LocalProcesses:
 
     slots: list[Slot]
     _taken: dict[str, Slot] = field(default_factory=dict)
+    _begun: set[str] = field(default_factory=set)
     _server: subprocess.Popen[bytes] | None = None
     _connection: socket.socket | None = None
     _buffer: bytes = b""
-
-    def __post_init__(self) -> None:
-        self._open()  # its imports run while trials are composed
 
     def free(self) -> int:
         return len(self.slots) - len(self._taken)
@@ -73,6 +74,9 @@ class LocalProcesses:
         }
         self._send(request)
 
+    def has_begun(self, job: str) -> bool:
+        return job in self._begun
+
     def poll(self, seconds: float) -> list[tuple[str, int]]:
         if self._connection is None:
             return []
@@ -86,9 +90,12 @@ class LocalProcesses:
         if not received:
             return self._server_died()
         *lines, self._buffer = (self._buffer + received).split(b"\n")
-        ended = [(m["ended"], int(m["code"])) for m in map(json.loads, lines) if "ended" in m]
+        messages = [json.loads(line) for line in lines]
+        self._begun |= {m["started"] for m in messages if "started" in m}
+        ended = [(m["ended"], int(m["code"])) for m in messages if "ended" in m]
         for job, _ in ended:
             del self._taken[job]
+            self._begun.discard(job)
         return ended
 
     def signal(self, job: str, number: int) -> None:
@@ -135,5 +142,6 @@ class LocalProcesses:
         """Its children died with it; the next job gets a new server."""
         lost = [(job, -signal.SIGKILL) for job in self._taken]
         self._taken.clear()
+        self._begun.clear()
         self.close()
         return lost

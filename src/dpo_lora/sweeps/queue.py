@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
@@ -71,7 +71,7 @@ class Watcher(Protocol):
 @dataclass
 class _Running:
     trial: Trial
-    begun: float = field(default_factory=time.monotonic)
+    begun: float | None = None  # when its process started
     told: str | None = None  # why it was told to stop
     told_at: float = 0.0
     killed: bool = False
@@ -149,7 +149,7 @@ class Queue:
         ended = self.processes.poll(_TICK)
         for name, code in ended:
             entry = self._running.pop(name)
-            seconds = round(time.monotonic() - entry.begun, 3)
+            seconds = 0.0 if entry.begun is None else round(time.monotonic() - entry.begun, 3)
             outcome = endings.outcome(entry.trial, code, seconds, entry.told, self.settings.trial_timeout)
             entry.trial.end(outcome)
             source.ended(entry.trial, outcome)
@@ -163,10 +163,12 @@ class Queue:
     def _mind(self, entry: _Running) -> None:
         """Stop a trial that is due to stop: politely first, so that it can write a checkpoint, then for good."""
         now = time.monotonic()
+        if entry.begun is None and self.processes.has_begun(entry.trial.id):
+            entry.begun = now
         limit = self.settings.trial_timeout
         if self.stopped is not None:
             self._tell(entry, endings.STOPPED)
-        elif limit is not None and now - entry.begun > limit:
+        elif limit is not None and entry.begun is not None and now - entry.begun > limit:
             self._tell(entry, endings.TIMEOUT)
         late = entry.told is not None and now - entry.told_at > self.settings.grace
         if (late or (entry.told and self._hurry)) and not entry.killed:

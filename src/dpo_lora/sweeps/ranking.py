@@ -28,7 +28,7 @@ class Score:
 
     trial: Trial
     figures: dict[str, float]
-    half_width: float | None  # of the objective's interval over held-out pairs, at the run's confidence
+    interval: Interval | None  # of the objective over held-out pairs, at the run's confidence
     wins: dict[str, float] = field(default_factory=dict)  # pair id -> 1, 0.5 or 0; empty where rows are missing
 
 
@@ -56,8 +56,8 @@ def score(trial: Trial, objective: str) -> Score | None:
     after = json.loads(trial.run.eval_file.read_text(encoding="utf-8"))["after"]
     bounds = after.get(f"{objective}_interval")
     known = bounds and all(b is not None and math.isfinite(b) for b in bounds)
-    half = (bounds[1] - bounds[0]) / 2 if known else None
-    return Score(trial, figures, half, _wins(trial) if objective == "accuracy" else {})
+    interval = (bounds[0], bounds[1]) if known else None
+    return Score(trial, figures, interval, _wins(trial) if objective == "accuracy" else {})
 
 
 def rank(scores: list[Score], objective: str, confidence: float) -> list[Ranked]:
@@ -82,7 +82,6 @@ def rank(scores: list[Score], objective: str, confidence: float) -> list[Ranked]
 
 def _ranked(group: list[Score], objective: str, confidence: float) -> Ranked:
     values = [one.figures[objective] for one in group]
-    half = _half_width(group, values, confidence)
     mean = fmean(values)
     return Ranked(
         group[0].trial.setting,
@@ -90,18 +89,20 @@ def _ranked(group: list[Score], objective: str, confidence: float) -> Ranked:
         [one.trial.id for one in group],
         sorted(one.trial.seed for one in group),
         mean,
-        None if half is None else (mean - half, mean + half),
+        _interval(group, objective, mean, confidence),
     )
 
 
-def _half_width(group: list[Score], values: list[float], confidence: float) -> float | None:
-    over_pairs = [one.half_width for one in group if one.half_width is not None]
-    parts = []
-    if over_pairs:
-        parts.append(fmean(over_pairs))
-    if len(values) > 1:
-        parts.append(seed_half_width(values, confidence))
-    return math.hypot(*parts) if parts else None
+def _interval(group: list[Score], objective: str, mean: float, confidence: float) -> Interval | None:
+    """Below and above apart: an interval of a share is not symmetric."""
+    values = [one.figures[objective] for one in group]
+    seeds = [seed_half_width(values, confidence)] if len(values) > 1 else []
+    bounds = [(v - one.interval[0], one.interval[1] - v) for v, one in zip(values, group, strict=True) if one.interval]
+    if not bounds and not seeds:
+        return None
+    below, above = ([fmean(b[side] for b in bounds)] if bounds else [] for side in (0, 1))
+    low, high = mean - math.hypot(*below, *seeds), mean + math.hypot(*above, *seeds)
+    return (max(0.0, low), min(1.0, high)) if objective == "accuracy" else (low, high)
 
 
 def seed_half_width(values: list[float], confidence: float) -> float:
@@ -127,7 +128,9 @@ def _compare(
         other.behind = fmean(per_seed) if per_seed else sign * (best_value - other.value)
         # Not paired: the runs' own intervals, brought from their confidence to this one.
         usual = NormalDist().inv_cdf(0.975)
-        parts += [fmean(h) * z / usual for g in (best_group, group) if (h := [s.half_width for s in g if s.half_width])]
+        for side in (best_group, group):
+            halves = [(one.interval[1] - one.interval[0]) / 2 for one in side if one.interval]
+            parts += [fmean(halves) * z / usual] if halves else []
     if len(per_seed) > 1:
         parts.append(seed_half_width(per_seed, confidence))
     if parts:

@@ -11,7 +11,6 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
 
 from dpo_lora import rules
 from dpo_lora.errors import UserError
@@ -111,7 +110,7 @@ class Sweep:
             known: trials to prepare shared work for before any starts.
             expected: trials in all, for the estimate of what is left.
         """
-        console = Console(stderr=True)
+        console = table.terminal()
         room = slots(self.settings, Device(self.config.train.device), expected)
         with table.Watch(console, self.directory, len(room)) as watch:
             watch.expected = expected
@@ -142,7 +141,7 @@ class Sweep:
         a sweep that was stopped, 128 and the signal's number.
         """
         facts = self.summarise()
-        console = Console(stderr=True)
+        console = table.terminal()
         if facts["ranking"]:
             console.print()
             console.print(table.ranking_table(facts))

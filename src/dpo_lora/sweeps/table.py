@@ -19,6 +19,12 @@ _STYLES = {FINISHED: "green", FAILED: "red", INTERRUPTED: "yellow", RUNNING: "cy
 _REFRESH = 1.0  # seconds between redraws: each reads the running trials' metrics
 
 
+def terminal() -> Console:
+    """stderr; lines of a log file are not cut to the width of a screen that is not there."""
+    console = Console(stderr=True)
+    return console if console.is_terminal else Console(stderr=True, width=160)
+
+
 class Watch:
     """Shows one sweep while it runs."""
 
@@ -137,8 +143,8 @@ def ranking_table(facts: dict[str, Any]) -> Table:
     table.add_column("", justify="right")
     for name in facts["varies"]:
         table.add_column(name)
-    for name in ("seeds", objective, f"{level} interval", "behind the best"):
-        table.add_column(name, justify="right")
+    for name in ("seeds", objective, f"{level} interval", "best minus this"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for place, entry in enumerate(facts["ranking"], 1):
         bounds, behind = entry["interval"], entry["behind_interval"]
@@ -157,4 +163,4 @@ def ranking_table(facts: dict[str, Any]) -> Table:
 def verdict(place: int, entry: dict[str, Any]) -> str:
     if place == 1:
         return "best"
-    return "behind, beyond chance" if entry["distinguishable"] else "not distinguishable from the best"
+    return "behind" if entry["distinguishable"] else "not distinguishable"
