@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Training:
     parent: Parent | None
     stop: StopSignal
     console: Console
+    callbacks: Sequence[Any] = ()  # besides the usual ones
     timings: dict[str, float] = field(default_factory=dict)
 
     def execute(self, tracker: Tracker) -> None:
@@ -82,6 +84,7 @@ class Training:
                 StopAtStepEnd(self.stop),
                 MetricsLog(self.run, tracker),
                 ProgressLine(self.console),
+                *self.callbacks,
             ],
         )
 

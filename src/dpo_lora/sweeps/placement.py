@@ -48,6 +48,9 @@ def slots(sweep: SweepSettings, device: Device, trials: int) -> list[Slot]:
         count = min(cores, psutil.virtual_memory().available // _BYTES_PER_CPU_SLOT)
     count = max(1, min(count, trials))
     threads = max(1, cores // count)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:  # what people set for one process holds for each trial
+        threads = min(threads, int(asked))
     return [Slot(n, gpus[n % len(gpus)] if gpus else None, threads) for n in range(count)]
 
 

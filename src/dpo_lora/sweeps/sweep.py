@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lora import rules
 from dpo_lora.errors import UserError
@@ -24,6 +26,7 @@ from dpo_lora.sweeps.placement import Slot, slots
 from dpo_lora.sweeps.processes import Processes
 from dpo_lora.sweeps.queue import Listed, Queue, Source
 from dpo_lora.sweeps.trial import Trial
+from dpo_lora.typos import explain
 
 MAX_FAILED_CODE = 100  # exit codes beyond it mean other things to shells
 
@@ -39,6 +42,7 @@ class Sweep:
     varied: list[str]
     config: DictConfig
     loader: ConfigLoader
+    extra: dict[str, Any] = field(default_factory=dict)  # a sweeper's own part of the summary
     stopped: int | None = None  # exit code of the signal that stopped the sweep
 
     @classmethod
@@ -73,13 +77,16 @@ class Sweep:
         """One setting's trials, one a seed.
 
         Raises:
-            UserError, omegaconf.errors.OmegaConfBaseException, hydra.errors.HydraException: there is no such setting.
+            UserError: there is no such setting, or a rule is broken.
         """
-        cfg = self.loader.load_sweep_config(self.config, list(overrides))
-        HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        settings = from_hydra(cfg)
+        try:
+            cfg = self.loader.load_sweep_config(self.config, list(overrides))
+            HydraConfig.instance().set_config(cfg)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            settings = from_hydra(cfg)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error)) from error
         if settings.run_dir is not None:
             raise UserError(f"run_dir={settings.run_dir} is one directory, and a sweep's trials need one each.")
         values = dict(o.split("=", 1) for o in overrides if "=" in o)
@@ -132,7 +139,7 @@ class Sweep:
         counts = facts["counts"]
         is_cut_off = self.stopped is not None or set(counts) - {FINISHED, FAILED, "pruned"}
         status = INTERRUPTED if is_cut_off else FAILED if FAILED in counts else FINISHED
-        return summary.write(self.directory, {**facts, "status": status, "ended": now()})
+        return summary.write(self.directory, {**facts, **self.extra, "status": status, "ended": now()})
 
     def close(self) -> int:
         """Show the ranking and what failed, let go of the directory; the exit code.
