@@ -42,3 +42,7 @@ def run(path: Path) -> int:
         print(f"dpo-lora: {error}", file=sys.stderr)  # noqa: T201
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(Path(sys.argv[1])))

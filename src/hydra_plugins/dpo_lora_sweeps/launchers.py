@@ -2,6 +2,7 @@
 
 # No postponed annotations: Hydra executes a plugin's module before sys.modules has it, and dataclasses would look there.
 
+import importlib.util
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import MISSING, DictConfig
 
 if TYPE_CHECKING:
     from dpo_lora.sweeps.directory import SweepDir
@@ -64,9 +65,65 @@ class LocalLauncher(TrialLauncher):
         return LocalProcesses(slots)
 
 
+class SlurmLauncher(TrialLauncher):
+    """One SLURM job a trial, through submitit."""
+
+    def __init__(self, **settings: Any):
+        self.settings = settings
+
+    def processes(self, slots: "list[Slot]", sweep: "SweepDir") -> "Processes":
+        _need("submitit", "slurm")
+        from dpo_lora.sweeps.slurm import SlurmProcesses, SlurmSettings
+
+        return SlurmProcesses(sweep, SlurmSettings(**self.settings))
+
+
+class RayLauncher(TrialLauncher):
+    """One Ray task a trial."""
+
+    def __init__(self, **settings: Any):
+        self.settings = settings
+
+    def processes(self, slots: "list[Slot]", sweep: "SweepDir") -> "Processes":
+        _need("ray", "ray")
+        from dpo_lora.sweeps.ray_cluster import RayProcesses, RaySettings
+
+        return RayProcesses(sweep, RaySettings(**self.settings))
+
+
+def _need(package: str, extra: str) -> None:
+    from dpo_lora.errors import UserError
+
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"hydra/launcher={extra} needs {package}: pip install 'dpo-lora[{extra}]'.")
+
+
 @dataclass
 class LocalConfig:
     _target_: str = "hydra_plugins.dpo_lora_sweeps.launchers.LocalLauncher"
+
+
+@dataclass
+class SlurmConfig:
+    _target_: str = "hydra_plugins.dpo_lora_sweeps.launchers.SlurmLauncher"
+    cluster: str = MISSING  # slurm, or local: the same path on this machine
+    jobs: int = MISSING
+    partition: str | None = MISSING
+    gpus: int = MISSING  # a trial
+    cpus: int = MISSING  # a trial
+    memory_gb: int = MISSING
+    minutes: int = MISSING
+    parameters: dict[str, Any] = MISSING  # further sbatch options
+
+
+@dataclass
+class RayConfig:
+    _target_: str = "hydra_plugins.dpo_lora_sweeps.launchers.RayLauncher"
+    address: str | None = MISSING
+    jobs: int = MISSING
+    gpus: float = MISSING  # a trial; 0.5 puts two on one
+    cpus: float = MISSING  # a trial
+    resources: dict[str, float] = MISSING
 
 
 def _register(name: str, node: Any) -> None:
@@ -74,3 +131,5 @@ def _register(name: str, node: Any) -> None:
 
 
 _register("dpo_lora_local", LocalConfig)
+_register("dpo_lora_slurm", SlurmConfig)
+_register("dpo_lora_ray", RayConfig)
