@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from conftest import dpo_lora
 
@@ -21,14 +23,44 @@ def _by_model(sweep: Path) -> dict[str, dict[str, Any]]:
     return {Path(t["varied"]["model.name"]).name: t for t in facts["trials"]}
 
 
+LAUNCHERS = {
+    "local": ["sweep.slots=3"],
+    "slurm": ["hydra.launcher.cluster=local", "hydra.launcher.cpus=1", "hydra.launcher.jobs=2"],
+    # A GPU is declared that nobody uses: half of it each lets two trials run side by side.
+    "ray": ["hydra.launcher.cpus=1", "hydra.launcher.gpus=0.5"],
+}
+
+
+@pytest.fixture
+def launcher(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The overrides of a launcher, and the Ray cluster that it needs."""
+    words = [f"hydra/launcher={request.param}", *LAUNCHERS[request.param]]
+    if request.param != "ray":
+        yield words
+        return
+    ray = pytest.importorskip("ray")
+    cluster = ray.cluster_utils.Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 1, "include_dashboard": False}
+    )
+    yield [*words, f"hydra.launcher.address={cluster.address}"]
+    cluster.shutdown()
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    ["local", *(pytest.param(name, marks=pytest.mark.cluster) for name in ("slurm", "ray"))],
+    indirect=True,
+)
+@pytest.mark.timeout(1200)
 def test_every_fault_ends_its_own_trial_alone(
-    models: Callable[[str, str], Path], tiny_overrides: list[str]
+    models: Callable[[str, str], Path], tiny_overrides: list[str], launcher: list[str]
 ) -> None:
+    limit = 15 if "hydra/launcher=local" in launcher else 90  # there every trial imports the stack
     names = [f"{number}-{fault}" for number, fault in enumerate(ORDER, 1)]
     folders = [models(name, fault) for name, fault in zip(names, ORDER, strict=True)]
     words = ["train", "-m", *(o for o in tiny_overrides if not o.startswith("model.name="))]
     words += [f"model.name={','.join(map(str, folders))}", "model.trust_remote_code=true"]
-    words += ["sweep.slots=3", "sweep.trial_timeout=15", "sweep.grace=1"]
+    words += [*launcher, f"sweep.trial_timeout={limit}", "sweep.grace=1"]
 
     first = dpo_lora(*words)
     assert first.returncode == 5, first.stderr
@@ -39,7 +71,7 @@ def test_every_fault_ends_its_own_trial_alone(
     assert reasons[1] == "RuntimeError: this model is cursed"
     assert reasons[2] == "killed by SIGKILL (out of memory, or by hand)"
     assert reasons[3] == "left with exit code 7 before it had finished"
-    assert reasons[4] == "ran past sweep.trial_timeout=15 s and was stopped"
+    assert reasons[4] == f"ran past sweep.trial_timeout={limit} s and was stopped"
     assert reasons[5] == "killed by SIGSEGV (segmentation fault)"
     assert any("cursed" in line for line in trials["2-raises"]["log"])
     for reason in reasons[1:-1]:
