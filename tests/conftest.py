@@ -22,6 +22,13 @@ CHATML = (
 )
 
 
+@pytest.fixture(autouse=True)
+def own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference log-probabilities of tests stay out of the user's cache; the embedded model is shared with it."""
+    if request.node.get_closest_marker("embedded") is None:
+        monkeypatch.setenv("DPO_LORA_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with random weights and a byte-level ChatML tokenizer, as a local folder."""

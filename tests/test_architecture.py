@@ -15,14 +15,17 @@ SRC = ROOT / "src" / "dpo_lora"
 ROOMS = {
     "wandb": {"tracking.py"},
     "trl": {"dpo/", "engine/"},
-    "peft": {"lora.py", "lineage.py", "adapters/"},
-    "hydra": {"sweeps/sweep.py", "composition.py", "train.py", "typos.py", "settings.py"},
+    "peft": {"lora.py", "lineage.py", "adapters/", "engine/"},
+    "hydra": {"sweeps/sweep.py", "sweeps/space.py", "sweeps/study.py", "composition.py", "train.py", "typos.py", "settings.py"},
     "omegaconf": {"sweeps/sweep.py", "settings.py", "schema.py", "composition.py", "train.py", "typos.py"},
-    "datasets": {"preferences/", "dpo/", "lifecycle.py"},
+    "datasets": {"preferences/", "dpo/", "evaluation/", "lifecycle.py"},
     "jinja2": {"reports/"},
     "typer": {"cli.py"},
     "accelerate": {"dpo/"},
     "gguf": set(),
+    "optuna": {"sweeps/study.py", "sweeps/space.py"},
+    "submitit": {"sweeps/slurm.py"},
+    "ray": {"sweeps/ray_cluster.py"},
     "bitsandbytes": {"model.py"},
 }
 

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import CommandLine
-from dpo_lora.rundir import RunDir, read_jsonl
+from dpo_lora.files import read_jsonl
+from dpo_lora.rundir import RunDir
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,8 @@ import pytest
 
 from dpo_lora import checkpoints
 from dpo_lora.errors import UserError
-from dpo_lora.rundir import FINISHED, INTERRUPTED, RUNNING, RunDir, find, read_jsonl, write_json
+from dpo_lora.files import read_jsonl, write_json
+from dpo_lora.rundir import FINISHED, INTERRUPTED, RUNNING, RunDir, find
 
 
 def _create(outputs: str) -> str:

@@ -129,6 +129,9 @@ def _leaves(schema: type = RunSettings, group: str = "") -> list[tuple[str, str]
     return found
 
 
+ROOM_PARTS = {"evaluation": "eval"}
+
+
 def test_every_setting_is_read_by_some_line() -> None:
     """A setting that only the schema and its rules name would be a promise nobody keeps."""
     read = set()
@@ -139,8 +142,9 @@ def test_every_setting_is_read_by_some_line() -> None:
             if isinstance(node, ast.Attribute):
                 owner = node.value
                 name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
-                # lora.py and model.py call their part "settings"; elsewhere it goes by its group's name.
-                read.add((file.stem if name == "settings" and file.stem in ("lora", "model") else name, node.attr))
+                # These call their part "settings"; elsewhere it goes by its group's name.
+                part = {"lora": "lora", "model": "model"}.get(file.stem) or ROOM_PARTS.get(file.parent.name)
+                read.add((part if name == "settings" and part else name, node.attr))
     unread = []
     for group, field in _leaves():
         # A room names its part after the group, or "settings"; the whole is run, settings or self.run.

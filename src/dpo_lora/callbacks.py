@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dpo_lora.evaluation.record import Record
 from dpo_lora.rundir import RunDir
 from dpo_lora.tracking import Tracker
 
@@ -93,6 +94,23 @@ class FiniteGuard(TrainerCallback):
                 f"The gradient of step {state.global_step + 1} is not finite. The optimizer did not take it: "
                 "the last checkpoint is good. Lower train.learning_rate, or look for broken pairs."
             )
+
+
+class BestCheckpoint(TrainerCallback):
+    """Saves at each evaluation that is the best so far by train.keep_best; stops after ``patience`` that were not."""
+
+    def __init__(self, record: Record, patience: int | None):
+        self.record, self.patience = record, patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        best = self.record.best_step()
+        if best is None:
+            return
+        if best == state.global_step:
+            control.should_save = True
+        elif self.patience is not None and self.record.evaluations_since_best() >= self.patience:
+            log.info("Stopped at step %d: %s was best at step %d.", state.global_step, self.record.metric, best)
+            control.should_training_stop = True
 
 
 class MetricsLog(TrainerCallback):

@@ -14,7 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
-from dpo_lora.rundir import write_json
+from dpo_lora.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,10 @@ def is_whole(checkpoint: Path) -> bool:
 def binding(checkpoint: Path) -> dict[str, str]:
     """What a whole checkpoint belongs to."""
     return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["binding"])
+
+
+def at_step(folder: Path, step: int) -> Path:
+    return folder / f"{_PREFIX}{step}"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dpo_lora import __version__
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import record_command
+
+if TYPE_CHECKING:
+    from dpo_lora.engine.reference_cache import ReferenceCache
+
+_LAUNCHER = ("hydra/launcher=", "hydra.launcher.")  # a plan runs on none
 
 app = typer.Typer(
     name="dpo-lora",
@@ -31,6 +37,12 @@ Outputs = Annotated[Path, typer.Option(help="Folder that runs are written into."
 def train() -> None:
     """Train an adapter: dpo-lora train [GROUP=PRESET] [NAME=VALUE] [-m]. Its own --help lists every setting."""
     raise AssertionError("main() hands 'train' to Hydra before the command table is asked")
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan() -> None:
+    """Say what a sweep would do before it starts: dpo-lora plan -m [NAME=VALUE,VALUE ...], as for train."""
+    raise AssertionError("main() hands 'plan' to Hydra before the command table is asked")
 
 
 @app.command()
@@ -107,6 +119,93 @@ def _typed() -> Iterator[str]:
         yield question
 
 
+cache = typer.Typer(help="The reference's log-probabilities, kept for all runs.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
+
+
+def _reference_cache() -> ReferenceCache:
+    from dpo_lora.engine.reference_cache import ReferenceCache
+    from dpo_lora.resources import reference_folder
+
+    return ReferenceCache(reference_folder(), max_bytes=0)
+
+
+@cache.command("ls")
+def cache_list() -> None:
+    """List entries, the most recently used first."""
+    store = _reference_cache()
+    typer.echo(f"{store.folder}", err=True)
+    for info in store.list_scopes():
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used))
+        base, data = (info.about.get(name, "?") for name in ("base", "data"))
+        typer.echo(f"{info.scope}  {info.size / 1e6:9.2f} MB  used {used}  {base} on {data}")
+
+
+@cache.command("rm")
+def cache_remove(entry: Annotated[str, typer.Argument(help="An entry's name from 'cache ls', or 'all'.")]) -> None:
+    """Remove an entry; it is computed again when it is next needed."""
+    store = _reference_cache()
+    names = [info.scope for info in store.list_scopes()] if entry == "all" else [entry]
+    for name in names:
+        typer.echo(f"{name}: {store.remove(name)} files removed")
+
+
+@cache.command("verify")
+def cache_verify() -> None:
+    """Check every file against its checksum; a broken one is set aside and computed again when needed."""
+    checked = _reference_cache().verify()
+    broken = [path for path, whole in checked.items() if not whole]
+    for path in broken:
+        typer.echo(f"broken, set aside: {path}")
+    typer.echo(f"{len(checked) - len(broken)} of {len(checked)} files are whole")
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def score(
+    target: Annotated[str, typer.Argument(help="A run, an adapter (folder or hub id), or a whole model.")],
+    data: Annotated[str | None, typer.Option(help="A file of pairs or a data preset; none: the run's own.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Base of an adapter, or reference of a whole model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval_pairs.jsonl.")] = None,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Score an adapter exactly, on its own held-out pairs or on any others."""
+    from dpo_lora.evaluation import commands
+
+    commands.score(target, data, reference, out, outputs)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Two or more runs; each is compared with the first.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Compare runs pair by pair on the held-out pairs that they share."""
+    from dpo_lora.evaluation import commands
+
+    commands.compare(runs, json_, outputs)
+
+
+@app.command()
+def report(
+    target: Annotated[str, typer.Argument(help="A run, or a folder of runs such as 'outputs'.")] = "latest",
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Write a run's report.html, or the index.html of a folder of runs; prints its path."""
+    from dpo_lora import rundir
+    from dpo_lora.reports import index
+    from dpo_lora.reports import report as room
+
+    if Path(target).is_dir() and not (Path(target) / "run.json").is_file():
+        typer.echo(index.write(Path(target)))
+        return
+    found = rundir.find(target, outputs)
+    room.write(found)
+    typer.echo(found.report_file)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -120,6 +219,11 @@ def main() -> None:
         from dpo_lora.train import main as train_main
 
         train_main(arguments[1:])
+    elif arguments[:1] == ["plan"]:
+        from dpo_lora.train import main as train_main
+
+        words = [w for w in arguments[1:] if w not in ("-m", "--multirun") and not w.startswith(_LAUNCHER)]
+        train_main([*words, "hydra/launcher=plan", "-m"])
     elif arguments[:1] and arguments[0] in ("-sc", "--shell-completion"):
         _complete(arguments)
     else:

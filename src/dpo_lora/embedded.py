@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -17,10 +16,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
 from dpo_lora.errors import UserError
+from dpo_lora.resources import cache_dir
 
 NAME = "smollm2-135m-instruct-q4_1"
 PUBLISHED_AS = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -40,11 +39,6 @@ IDENTITY = {
 }
 
 log = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """Folder for what can be made again: ``$DPO_LORA_CACHE``, else the user's cache folder."""
-    return Path(os.environ.get("DPO_LORA_CACHE") or platformdirs.user_cache_dir("dpo-lora"))
 
 
 def ensure() -> Path:

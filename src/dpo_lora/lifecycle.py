@@ -20,6 +20,7 @@ from dpo_lora.callbacks import NotFiniteError, StopSignal
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import command, git_state, machine, package_versions
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RUNNING, RunDir, ended
+from dpo_lora.settings import from_plain
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,10 @@ def running(run: RunDir, console: Console) -> Iterator[StopSignal]:
             with contextlib.suppress(OSError):  # a full disk: the reason is already on its way up
                 seconds = round(time.monotonic() - begun, 3)
                 run.write_manifest(ended(status, reason=reason or None, timings={"total_seconds": seconds}))
+                if from_plain(run.settings()).eval.report:
+                    from dpo_lora.reports import report
+
+                    report.write(run)
             run.release()
 
 
@@ -113,8 +118,10 @@ def _logging(file: Path, console: Console) -> Iterator[None]:
         terminal = logging.StreamHandler(sys.stderr)
         terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(lambda record: getattr(record, "console", True))
-    root.addHandler(to_file)
-    ours.addHandler(terminal)
+    # Ours reach the file and the terminal once, whatever a caller (Hydra, a notebook) hung on the root.
+    ours.propagate = False
+    for logger, handler in ((root, to_file), (ours, to_file), (ours, terminal)):
+        logger.addHandler(handler)
     root.setLevel(logging.WARNING)
     ours.setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -123,8 +130,9 @@ def _logging(file: Path, console: Console) -> Iterator[None]:
             yield
     finally:
         logging.captureWarnings(False)
-        root.removeHandler(to_file)
-        ours.removeHandler(terminal)
+        for logger, handler in ((root, to_file), (ours, to_file), (ours, terminal)):
+            logger.removeHandler(handler)
+        ours.propagate = True
         to_file.close()
         root.setLevel(levels[0])
         ours.setLevel(levels[1])

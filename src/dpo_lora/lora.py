@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -71,3 +72,21 @@ def linear_names(model: PreTrainedModel) -> set[str]:
 
 
 _ADAPTABLE = {"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"}
+
+
+def base_of(location: str) -> str | None:
+    """Name of the base model of a saved adapter; None where ``location`` is no adapter."""
+    folder = Path(location)
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        return None
+    try:
+        return str(peft.PeftConfig.from_pretrained(location).base_model_name_or_path)
+    except (OSError, ValueError):
+        return None
+
+
+def saved(location: str) -> peft.PeftConfig:
+    """The configuration of a saved adapter, to make one of the same shape."""
+    found = peft.PeftConfig.from_pretrained(location)
+    found.inference_mode = False  # PEFT saves every adapter as one to infer with; TRL trains what it is given
+    return found

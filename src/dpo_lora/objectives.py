@@ -13,11 +13,17 @@ MAXIMIZE, MINIMIZE = "maximize", "minimize"
 DIRECTIONS = {
     "accuracy": MAXIMIZE,  # held-out pairs on whose chosen side the policy moved, a share
     "margin": MAXIMIZE,  # mean held-out reward margin, beta included: compare only at one beta
-    "reward_chosen": MAXIMIZE,
+    "accuracy_length_controlled": MAXIMIZE,
+    "loss": MINIMIZE,  # held out
+    "brier": MINIMIZE,
+    "calibration_error": MINIMIZE,
     "tokens_per_second": MAXIMIZE,
     "seconds": MINIMIZE,  # of training
     "peak_memory_bytes": MINIMIZE,
 }
+
+# Those that every evaluation during training has, too.
+EVALUATED = ("accuracy", "margin", "accuracy_length_controlled", "loss", "brier", "calibration_error")
 
 
 def read(run: RunDir) -> dict[str, float]:
@@ -25,7 +31,7 @@ def read(run: RunDir) -> dict[str, float]:
     evaluation: dict[str, Any] = json.loads(run.eval_file.read_text(encoding="utf-8"))["after"]
     manifest = run.manifest()
     found = {
-        **{name: evaluation[name] for name in ("accuracy", "margin", "reward_chosen")},
+        **{name: evaluation[name] for name in EVALUATED},
         **{name: manifest["training"][name] for name in ("tokens_per_second", "peak_memory_bytes")},
         "seconds": manifest["timings"]["training_seconds"],
     }

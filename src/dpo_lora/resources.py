@@ -1,8 +1,11 @@
-"""Where the shipped presets and preference sets lie: beside the package in a wheel, at the root in a checkout."""
+"""Where things lie: shipped presets and pairs (beside the package in a wheel, at the root in a checkout), caches."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import platformdirs
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -20,3 +23,13 @@ def conf_dir() -> Path:
 def data_dir() -> Path:
     """The folder of shipped preference sets."""
     return _shipped("data")
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: ``$DPO_LORA_CACHE``, else the user's cache folder."""
+    return Path(os.environ.get("DPO_LORA_CACHE") or platformdirs.user_cache_dir("dpo-lora"))
+
+
+def reference_folder() -> Path:
+    """Where reference log-probabilities are kept for all runs of this user."""
+    return cache_dir() / "reference"

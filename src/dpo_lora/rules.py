@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 
 from dpo_lora.errors import UserError
+from dpo_lora.evaluation.metrics import HIGHER_IS_BETTER
 from dpo_lora.objectives import DIRECTIONS
 from dpo_lora.schema import DataSource, ModelSource, Quantization, RunSettings, SweepSettings
+
+# Attention kernels of the packed engine; named here so that a typo answers before torch is imported.
+KERNELS = ("auto", "sdpa", "block", "varlen", "flex")
 
 
 def check(run: RunSettings) -> None:
@@ -64,7 +68,7 @@ def _train(run: RunSettings) -> None:
     train = run.train
     positive: list[tuple[str, float]] = [
         ("pairs_per_step", train.pairs_per_step),
-        ("micro_batch", train.micro_batch),
+        ("reference_cache_gb", train.reference_cache_gb),
         ("learning_rate", train.learning_rate),
         ("epochs", train.epochs),
         ("log_every", train.log_every),
@@ -80,12 +84,40 @@ def _train(run: RunSettings) -> None:
             train.max_steps,
             "at least 1, or null to go by train.epochs.",
         )
+    if train.micro_batch is not None:
+        _need(train.micro_batch > 0, "train.micro_batch", train.micro_batch, "at least 1, or null.")
+    tokens = train.tokens_per_batch
+    _need(
+        tokens == "auto" or (isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0),
+        "train.tokens_per_batch",
+        tokens,
+        "a number of tokens from 1, or auto.",
+    )
+    _need(train.attention in KERNELS, "train.attention", train.attention, f"choose from {', '.join(KERNELS)}.")
     if train.threads is not None:
         _need(train.threads > 0, "train.threads", train.threads, "at least 1, or null for one a core.")
     _need(0 <= train.warmup < 1, "train.warmup", train.warmup, "a share of all steps in [0, 1).")
     _need(train.weight_decay >= 0, "train.weight_decay", train.weight_decay, "it must not be below 0.")
     _need(train.save_every >= 0, "train.save_every", train.save_every, "steps between checkpoints, or 0.")
+    _keep_best(run)
     _need(run.seed >= 0, "seed", run.seed, "a whole number from 0.")
+
+
+def _keep_best(run: RunSettings) -> None:
+    train = run.train
+    if train.keep_best is not None:
+        _need(
+            train.keep_best in HIGHER_IS_BETTER,
+            "train.keep_best",
+            train.keep_best,
+            f"name one of {', '.join(HIGHER_IS_BETTER)}.",
+        )
+        _need(
+            run.eval.every > 0, "train.keep_best", train.keep_best, "there is nothing to choose from: set eval.every."
+        )
+    if train.patience is not None:
+        _need(train.keep_best is not None, "train.patience", train.patience, "set train.keep_best to say what for.")
+        _need(train.patience > 0, "train.patience", train.patience, "at least one evaluation.")
 
 
 def _data(run: RunSettings) -> None:
@@ -115,6 +147,8 @@ def _eval(run: RunSettings) -> None:
     _need(run.eval.every >= 0, "eval.every", run.eval.every, "steps between evaluations, or 0.")
     _need(run.eval.batch >= 1, "eval.batch", run.eval.batch, "at least one pair at a time.")
     _need(0 < run.eval.confidence < 1, "eval.confidence", run.eval.confidence, "a probability such as 0.95.")
+    _need(run.eval.samples >= 0, "eval.samples", run.eval.samples, "a number of prompts, or 0 for none.")
+    _need(run.eval.sample_tokens >= 1, "eval.sample_tokens", run.eval.sample_tokens, "at least one token.")
 
 
 def _model(run: RunSettings) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +19,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dpo_lora.errors import UserError
+from dpo_lora.files import finite, read_jsonl, write_atomic, write_json
 
 FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` (UTF-8) so that a reader or a crash sees the old or the new, never half.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the old file is still there.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON; NaN and infinity become null, which every reader takes."""
-    write_atomic(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class RunDir:
@@ -68,6 +33,9 @@ class RunDir:
         self.manifest_file = path / "run.json"
         self.metrics_file = path / "metrics.jsonl"
         self.eval_file = path / "eval.json"
+        self.eval_pairs_file = path / "eval_pairs.jsonl"
+        self.samples_file = path / "samples.jsonl"
+        self.report_file = path / "report.html"
         self.log_file = path / "train.log"
         self.card_file = path / "README.md"
         self.checkpoints = path / "checkpoints"
@@ -148,7 +116,8 @@ class RunDir:
 
     def settings(self) -> dict[str, Any]:
         """The resolved settings that this run was started with, as plain containers."""
-        return dict(yaml.safe_load(self.settings_file.read_text(encoding="utf-8")))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, ten times faster, where it is built in
+        return dict(yaml.load(self.settings_file.read_text(encoding="utf-8"), Loader=loader))
 
     def manifest(self) -> dict[str, Any]:
         return dict(json.loads(self.manifest_file.read_text(encoding="utf-8")))
@@ -170,17 +139,11 @@ class RunDir:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line into metrics.jsonl, on the disk before this returns."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_jsonl(self.metrics_file, [row])
 
     def trim_metrics(self, last_step: int) -> None:
         """Drop the rows past ``last_step``, and a half-written last one, before a run is continued from there."""
-        if not self.metrics_file.exists():
-            return
-        kept = [row for row in read_jsonl(self.metrics_file) if row["step"] <= last_step]
-        write_atomic(self.metrics_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        trim_jsonl(self.metrics_file, last_step)
 
     def point_latest(self) -> None:
         """Make ``latest``, in the folder above, name this run."""
@@ -195,14 +158,20 @@ class RunDir:
         return shutil.disk_usage(self.path).free
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file this package wrote; a line cut off by a crash is the last one and is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add one line a row, on the disk before this returns; NaN and infinity become null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def trim_jsonl(path: Path, last_step: int) -> None:
+    """Drop the rows past ``last_step``, and a half-written last one; no file stays no file."""
+    if not path.exists():
+        return
+    kept = [row for row in read_jsonl(path) if row["step"] <= last_step]
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def find(run: str, outputs: Path) -> RunDir:
@@ -212,21 +181,21 @@ def find(run: str, outputs: Path) -> RunDir:
         UserError: there is no such run.
     """
     if run == "latest" and not Path(run).is_dir():
-        finished = [r for r in _runs(outputs) if r.manifest().get("status") == FINISHED]
+        finished = [r for r in runs(outputs) if r.manifest().get("status") == FINISHED]
         if not finished:
             raise UserError(f"No finished run in {outputs.resolve()}; start one with 'dpo-lora train'.")
         return max(finished, key=lambda r: str(r.manifest().get("ended", "")))
     for path in (Path(run), outputs / run):
         if (path / "settings.yaml").is_file() and (path / "run.json").is_file():
             return RunDir(path.resolve())
-    known = sorted(r.path.name for r in _runs(outputs))[-5:]
+    known = sorted(r.path.name for r in runs(outputs))[-5:]
     raise UserError(
         f"{run} is no run directory: it has no settings.yaml and run.json. "
         + (f"The newest in {outputs}: {', '.join(known)}." if known else f"There is none in {outputs} yet.")
     )
 
 
-def _runs(outputs: Path) -> list[RunDir]:
+def runs(outputs: Path) -> list[RunDir]:
     """Runs and trials below ``outputs``, whatever their status."""
     return [
         RunDir(p.parent)

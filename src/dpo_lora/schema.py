@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -32,6 +33,12 @@ class DType(Enum):
     auto = "auto"  # bf16 on a GPU that has it, else fp32
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class Engine(Enum):
+    auto = "auto"  # packed where the model allows it and a probe proves it equal, else stock
+    packed = "packed"  # refuse where it cannot be
+    stock = "stock"  # TRL's own forward pass
 
 
 class Schedule(Enum):
@@ -124,7 +131,12 @@ class TrainSettings:
     epochs: float = MISSING
     max_steps: int | None = MISSING  # optimizer steps; beats epochs when set
     pairs_per_step: int = MISSING  # pairs behind each optimizer step, over all devices
-    micro_batch: int = MISSING  # pairs in memory at a time on each device; the result does not depend on it
+    micro_batch: int | None = MISSING  # most pairs in memory at a time on each device; None: tokens_per_batch decides
+    tokens_per_batch: Any = MISSING  # most tokens in memory at a time; auto: found by trying
+    engine: Engine = MISSING  # how a forward pass goes over pairs
+    attention: str = MISSING  # kernel of the packed engine: auto, sdpa, block, varlen or flex
+    reference_cache: bool = MISSING  # keep the reference's log-probabilities on disk, shared by all runs
+    reference_cache_gb: float = MISSING  # GB; beyond it the entries unused for longest go
     learning_rate: float = MISSING
     schedule: Schedule = MISSING
     warmup: float = MISSING  # share of all steps
@@ -135,6 +147,8 @@ class TrainSettings:
     log_every: int = MISSING  # optimizer steps
     save_every: int = MISSING  # optimizer steps; 0: only when the run ends or is interrupted
     keep_checkpoints: int = MISSING
+    keep_best: str | None = MISSING  # held-out metric such as eval/accuracy: its best adapter is kept; None: the last
+    patience: int | None = MISSING  # evaluations without a better keep_best before training stops; None: never
     deterministic: bool = MISSING  # refuse kernels whose result depends on the order of execution
 
 
@@ -144,6 +158,11 @@ class EvalSettings:
     every: int = MISSING  # optimizer steps; 0: only before and after
     batch: int = MISSING  # pairs in memory at a time; the scores do not depend on it
     confidence: float = MISSING  # of every interval, in (0, 1)
+    prompts: list[str] = MISSING  # user turns to answer before and after; empty: held-out prompts
+    samples: int = MISSING  # held-out prompts to answer; 0: none
+    sample_tokens: int = MISSING  # most tokens of an answer
+    sample_each: bool = MISSING  # answer at every evaluation too, not only at the end
+    report: bool = MISSING  # write report.html when the run ends, however it ends
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, fields, is_dataclass
@@ -10,6 +11,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lora import rules
+from dpo_lora.resources import conf_dir
 from dpo_lora.schema import RunSettings
 
 
@@ -60,6 +62,36 @@ def from_plain(values: dict[str, Any]) -> RunSettings:
     return from_hydra(OmegaConf.create(values))
 
 
+def composed(overrides: list[str]) -> RunSettings:
+    """The run that these overrides make, outside Hydra's own program; one that Hydra runs is left undisturbed.
+
+    Raises:
+        hydra.errors.HydraException, UserError: as for a command line.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_schema()
+    program = GlobalHydra.instance()
+    running = program.hydra
+    program.clear()  # Hydra composes for one program at a time
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return from_hydra(compose("config", overrides))
+    finally:
+        program.hydra = running
+
+
+@functools.cache
+def _default_run() -> str:
+    return json.dumps(plain(composed([])))
+
+
+def defaults() -> dict[str, Any]:
+    """The run that no override changes, as plain containers."""
+    return dict(json.loads(_default_run()))
+
+
 def fingerprint(settings: RunSettings) -> str:
     """16 hex digits that name what a run computes: equal for equal results, blind to where they go.
 
@@ -71,5 +103,6 @@ def fingerprint(settings: RunSettings) -> str:
         values.pop(blind)
     for blind in ("log_every", "save_every", "keep_checkpoints", "threads"):
         values["train"].pop(blind)
+    values["eval"].pop("report")
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -21,6 +21,8 @@ class Tracker(Protocol):
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None: ...
+
     def adapter(self, folder: Path, name: str) -> None: ...
 
     def link(self) -> dict[str, Any]: ...
@@ -28,6 +30,9 @@ class Tracker(Protocol):
 
 class NoTracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
+        pass
+
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
         pass
 
     def adapter(self, folder: Path, name: str) -> None:
@@ -51,6 +56,12 @@ class TensorBoardTracker:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        for number, row in enumerate(rows):
+            text = "\n".join(f"{key}: {value}" for key, value in row.items())
+            # Indented lines are code to Markdown: what a model said is not rendered.
+            self.writer.add_text(f"{name}/{number}", "".join(f"    {line}\n" for line in text.split("\n")), step)
+
     def adapter(self, folder: Path, name: str) -> None:
         log.warning("TensorBoard keeps no artifacts; tracking.log_adapter=true had no effect.")
 
@@ -64,6 +75,12 @@ class WandbTracker:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.run.log({**metrics, "trainer/step": step})
+
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        import wandb
+
+        table = wandb.Table(columns=[*rows[0]], data=[list(row.values()) for row in rows])
+        self.run.log({name: table, "trainer/step": step})
 
     def adapter(self, folder: Path, name: str) -> None:
         import wandb

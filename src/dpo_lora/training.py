@@ -11,16 +11,18 @@ from typing import Any
 from rich.console import Console
 
 from dpo_lora import checkpoints, lineage
-from dpo_lora.callbacks import FiniteGuard, MetricsLog, ProgressLine, StopAtStepEnd, StopSignal
+from dpo_lora.callbacks import BestCheckpoint, FiniteGuard, MetricsLog, ProgressLine, StopAtStepEnd, StopSignal
 from dpo_lora.device import Machine
 from dpo_lora.dpo.arguments import arguments
 from dpo_lora.dpo.trainer import PairTrainer
 from dpo_lora.errors import UserError
+from dpo_lora.evaluation.record import Record
+from dpo_lora.evaluation.sampler import Sampler
 from dpo_lora.lineage import Parent
 from dpo_lora.model import BaseModel
 from dpo_lora.preferences.pairs import Pairs
 from dpo_lora.reports import card, closing
-from dpo_lora.rundir import RunDir, write_json
+from dpo_lora.rundir import RunDir, trim_jsonl
 from dpo_lora.schema import RunSettings
 from dpo_lora.settings import fingerprint
 from dpo_lora.tracking import Tracker
@@ -44,26 +46,32 @@ class Training:
 
     def execute(self, tracker: Tracker) -> None:
         """Train to the end, or to the signal that stops it."""
-        trainer = self._trainer(tracker)
+        record = Record(self.run, self.settings, writes=self.machine.is_main)
+        texts = self.pairs.heldout_texts
+        sampler = Sampler(self.run, self.settings, texts, self.base.tokenizer, record, tracker)
+        trainer = self._trainer(tracker, record, sampler)
         checkpoint = self._checkpoint()
-        self.run.write_manifest(self._facts(tracker))
+        trainer.prepare_reference(self.base.identity["weights"])
+        self.run.write_manifest(self._facts(tracker) | self._engine_facts(trainer))
         if checkpoint is None:
             self.run.metrics_file.unlink(missing_ok=True)
+            record.clear()
+            self.run.samples_file.unlink(missing_ok=True)
             trainer.check_start()
             if self.settings.eval.before:
                 trainer.evaluate()
-                self._write_evaluation(trainer)
         else:
             step = checkpoints.step_of(checkpoint)
             self.run.trim_metrics(step)
-            trainer.history = [row for row in self._saved_history() if row["step"] <= step]
+            record.restore(step)
+            trim_jsonl(self.run.samples_file, step)
         begun = time.monotonic()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self.timings["training_seconds"] = round(time.monotonic() - begun, 3)
         if self.stop.received is None:
-            self._finish(trainer, tracker)
+            self._finish(trainer, record, sampler, tracker)
 
-    def _trainer(self, tracker: Tracker) -> PairTrainer:
+    def _trainer(self, tracker: Tracker, record: Record, sampler: Sampler) -> PairTrainer:
         is_fresh = self.parent is None
         policy = (
             self.base.model
@@ -79,9 +87,12 @@ class Training:
             train_rows=self.pairs.train,
             heldout_rows=self.pairs.heldout,
             binding=self._binding(),
+            record=record,
+            sampler=sampler,
             callbacks=[
                 FiniteGuard(),
                 StopAtStepEnd(self.stop),
+                BestCheckpoint(record, self.settings.train.patience),
                 MetricsLog(self.run, tracker),
                 ProgressLine(self.console),
                 *self.callbacks,
@@ -114,19 +125,15 @@ class Training:
             )
         return newest
 
-    def _saved_history(self) -> list[dict[str, Any]]:
-        import json
-
-        if not self.run.eval_file.exists():
-            return []
-        return list(json.loads(self.run.eval_file.read_text(encoding="utf-8"))["history"])
-
-    def _finish(self, trainer: PairTrainer, tracker: Tracker) -> None:
-        if not trainer.history or trainer.history[-1]["step"] != trainer.state.global_step:
+    def _finish(self, trainer: PairTrainer, record: Record, sampler: Sampler, tracker: Tracker) -> None:
+        if not record.has(trainer.state.global_step):
             trainer.evaluate()
+        kept = self._take_best(trainer, record)
+        begun = time.monotonic()
+        sampler.take(trainer, kept)
+        self.timings["evaluation_seconds"] = round(trainer.evaluation_seconds + time.monotonic() - begun, 3)
         if not trainer.is_world_process_zero():
             return
-        self._write_evaluation(trainer)
         self.base.tokenizer.save_pretrained(self.run.path)
         trainer.save_adapter(self.run.path)
         seconds = self.timings["training_seconds"]
@@ -148,22 +155,19 @@ class Training:
             tracker.adapter(self.run.path, self.run.path.name)
         closing.show(self.run, self.console)
 
-    def _write_evaluation(self, trainer: PairTrainer) -> None:
-        if not trainer.is_world_process_zero():
-            return
-        history, scores = trainer.history, trainer.scores
-        assert scores is not None
-        confidence = self.settings.eval.confidence
-        write_json(
-            self.run.eval_file,
-            {
-                "confidence": confidence,
-                "before": history[0] if history[0]["step"] == 0 else None,
-                "after": history[-1],
-                "baselines": scores.baselines(confidence),
-                "history": history,
-            },
-        )
+    def _take_best(self, trainer: PairTrainer, record: Record) -> int:
+        """Go back to the best evaluation's adapter where train.keep_best asks for it; the step of the one kept."""
+        best = record.best_step()
+        if best is None:
+            return trainer.state.global_step
+        if best != trainer.state.global_step:
+            trainer.load_adapter(str(checkpoints.at_step(self.run.checkpoints, best)))
+        record.keep_best()
+        return best
+
+    def _engine_facts(self, trainer: PairTrainer) -> dict[str, Any]:
+        use = None if trainer.reference_use is None else trainer.reference_use.describe()
+        return {"engine": {**trainer.engine.describe(), "reference_cache": use}}
 
     def _facts(self, tracker: Tracker) -> dict[str, Any]:
         base = {"name": self.base.name, "license": self.base.license, "identity": self.base.identity}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,20 @@ class WholeCheckpoints(trl.DPOTrainer):
     Args:
         keep_checkpoints: how many of the newest stay.
         binding: what a checkpoint belongs to; written into its manifest.
+        protected_step: asked at each save for the step whose checkpoint stays whatever its age.
     """
 
     model: Any
 
-    def __init__(self, *args: Any, keep_checkpoints: int, binding: dict[str, str], **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        keep_checkpoints: int,
+        binding: dict[str, str],
+        protected_step: Callable[[], int | None],
+        **kwargs: Any,
+    ):
+        self.protected_step = protected_step
         self.keep_checkpoints = keep_checkpoints
         self.binding = binding
         super().__init__(*args, **kwargs)
@@ -50,7 +59,9 @@ class WholeCheckpoints(trl.DPOTrainer):
         if self.args.should_save:
             staged = staging / f"checkpoint-{self.state.global_step}"
             checkpoints.seal(staged, folder, self.binding)
-            checkpoints.rotate(folder, self.keep_checkpoints)
+            best = self.protected_step()
+            protected = None if best is None else checkpoints.at_step(folder, best)
+            checkpoints.rotate(folder, self.keep_checkpoints, protected)
             checkpoints.clear_staging(folder)
 
     @contextlib.contextmanager
@@ -63,6 +74,10 @@ class WholeCheckpoints(trl.DPOTrainer):
             yield staging
         finally:
             self.args.output_dir = str(folder)
+
+    def load_adapter(self, location: str) -> None:
+        """Replace the trained adapter by the one saved in a folder or on the hub."""
+        self._load_from_checkpoint(location)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Only the trained adapter: the reference copy of a parent's adapter is the parent's, not the checkpoint's.

@@ -24,6 +24,7 @@ class Pairs:
 
     train: Dataset
     heldout: Dataset
+    heldout_texts: Dataset  # the held-out rows before tokenisation, to answer and to show
     facts: dict[str, Any]  # for the manifest: source, counts, fingerprints by content
 
 
@@ -59,4 +60,17 @@ def load(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> P
         }
     log.info("Data %s: %d pairs to train on, %d held out", data.name, len(parts["train"]), len(parts["heldout"]))
     source = {"name": data.name, "source": data.source.value, "path": data.path, "revision": data.revision}
-    return Pairs(parts["train"], parts["heldout"], {**source, **facts})
+    return Pairs(parts["train"], parts["heldout"], heldout_rows, {**source, **facts})
+
+
+def load_all(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Every pair of a source, tokenised; none is held out.
+
+    Raises:
+        UserError: as for :func:`load`.
+    """
+    rows, _ = sources.read(data)
+    tokenised, dropped = tokens.tokenise(contract.canonical(rows, data), tokenizer, data.max_length)
+    if not len(tokenised):
+        raise UserError(f"{data.path} leaves no pairs: the prompts of all {dropped} fill data.max_length.")
+    return tokenised

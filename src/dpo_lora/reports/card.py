@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dpo_lora.rundir import RunDir, write_atomic
+from dpo_lora.files import write_atomic
+from dpo_lora.rundir import RunDir
 
-_TEMPLATES = Path(__file__).parent
+_TEMPLATES = Path(__file__).parent / "templates"
 _ESCAPED = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]<>#|!"})
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dpo_lora.errors import UserError
-from dpo_lora.rundir import RUNNING, claim_second, now, write_json
+from dpo_lora.files import write_json
+from dpo_lora.rundir import RUNNING, claim_second, now
 
 # A reader that asks whether a sweep is live holds its lock for microseconds; whoever wants it waits that long.
 _PATIENCE = 2.0
@@ -68,7 +69,7 @@ class SweepDir:
             outputs.mkdir(parents=True, exist_ok=True)
             # Two processes that start the same sweep at once must not both find nothing.
             with FileLock(outputs / ".sweeps.lock"):
-                path = given or _same(outputs, digest) or claim_second(outputs, name)
+                path = given or same(outputs, digest) or claim_second(outputs, name)
                 path.mkdir(parents=True, exist_ok=True)
                 sweep = cls(path.resolve())
                 sweep._hold()
@@ -138,7 +139,7 @@ def find(name: str, outputs: Path) -> SweepDir | None:
     return None
 
 
-def _same(outputs: Path, digest: str) -> Path | None:
+def same(outputs: Path, digest: str) -> Path | None:
     """The newest sweep in ``outputs`` with this identity."""
     found = [
         (str(summary.get("started")), file.parent)

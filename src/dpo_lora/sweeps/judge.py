@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_lora.rundir import write_atomic, write_json
+from dpo_lora.files import write_atomic, write_json
 from dpo_lora.sweeps.trial import Trial
 
 _GO, _STOP = "go", "stop"

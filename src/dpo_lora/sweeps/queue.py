@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
-from dpo_lora.rundir import FAILED, FINISHED, write_json
+from dpo_lora.files import write_json
+from dpo_lora.rundir import FAILED, FINISHED
 from dpo_lora.schema import Retry, SweepSettings
 from dpo_lora.settings import from_plain
 from dpo_lora.sweeps import endings, shared

@@ -13,10 +13,10 @@ import json
 import math
 from dataclasses import dataclass, field
 from statistics import NormalDist, fmean, stdev
-from typing import Any
 
 from dpo_lora import objectives
-from dpo_lora.rundir import read_jsonl
+from dpo_lora.evaluation.statistics import sign_test
+from dpo_lora.files import read_jsonl
 from dpo_lora.sweeps.trial import Trial
 
 Interval = tuple[float, float]
@@ -29,7 +29,7 @@ class Score:
     trial: Trial
     figures: dict[str, float]
     interval: Interval | None  # of the objective over held-out pairs, at the run's confidence
-    wins: dict[str, float] = field(default_factory=dict)  # pair id -> 1, 0.5 or 0; empty where rows are missing
+    wins: dict[tuple[str, str], float] = field(default_factory=dict)  # (prompt, pair) -> 1, 0.5 or 0
 
 
 @dataclass
@@ -57,7 +57,7 @@ def score(trial: Trial, objective: str) -> Score | None:
     bounds = after.get(f"{objective}_interval")
     known = bounds and all(b is not None and math.isfinite(b) for b in bounds)
     interval = (bounds[0], bounds[1]) if known else None
-    return Score(trial, figures, interval, _wins(trial) if objective == "accuracy" else {})
+    return Score(trial, figures, interval, _wins(trial, after["step"]) if objective == "accuracy" else {})
 
 
 def rank(scores: list[Score], objective: str, confidence: float) -> list[Ranked]:
@@ -119,10 +119,12 @@ def _compare(
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     common = set.intersection(*(set(a.wins) & set(b.wins) for a, b in matched)) if matched else set()
     parts: list[float] = []
+    chance = 0.0  # the sign test's p-value: where few pairs differ, the interval is too sure of itself
     if len(common) > 1:
-        by_pair = [fmean(a.wins[i] - b.wins[i] for a, b in matched) for i in sorted(common)]
-        other.paired, other.behind = len(by_pair), fmean(by_pair)
-        parts.append(z * stdev(by_pair) / math.sqrt(len(by_pair)))
+        by_pair = {key: fmean(a.wins[key] - b.wins[key] for a, b in matched) for key in sorted(common)}
+        other.paired, other.behind = len(by_pair), fmean(by_pair.values())
+        parts.append(z * clustered_error(by_pair))
+        chance = sign_test(sum(d > 0 for d in by_pair.values()), sum(d < 0 for d in by_pair.values()))
     else:
         best_value = fmean(one.figures[objective] for one in best_group)
         other.behind = fmean(per_seed) if per_seed else sign * (best_value - other.value)
@@ -136,7 +138,7 @@ def _compare(
     if parts:
         half = math.hypot(*parts)
         other.behind_interval = (other.behind - half, other.behind + half)
-        other.distinguishable = other.behind_interval[0] > 0
+        other.distinguishable = other.behind_interval[0] > 0 and chance < 1 - confidence
     else:
         other.distinguishable = other.behind > 0
 
@@ -145,13 +147,24 @@ def _margin(group: list[Score]) -> float:
     return fmean(one.figures.get("margin", 0.0) for one in group)
 
 
-def _wins(trial: Trial) -> dict[str, float]:
-    """Pair id -> win, from eval_pairs.jsonl where the run has left one."""
-    file = trial.path / "eval_pairs.jsonl"
+def _wins(trial: Trial, step: int) -> dict[tuple[str, str], float]:
+    """(prompt, pair) -> win of the adapter that was kept; by content, since ids come from people."""
+    file = trial.run.eval_pairs_file
     if not file.exists():
         return {}
-    rows: list[dict[str, Any]] = [row for row in read_jsonl(file) if "id" in row]
-    return {str(row["id"]): float(row["win"]) for row in rows}
+    return {(row["prompt"], row["pair"]): float(row["win"]) for row in read_jsonl(file) if row["step"] == step}
+
+
+def clustered_error(by_pair: dict[tuple[str, str], float]) -> float:
+    """Standard error of the mean over pairs, whose prompts are independent but whose pairs of one prompt are not."""
+    mean = fmean(by_pair.values())
+    residuals: dict[str, float] = {}
+    for (prompt, _), value in by_pair.items():
+        residuals[prompt] = residuals.get(prompt, 0.0) + value - mean
+    groups = len(residuals)
+    if groups < 2:
+        return math.inf
+    return math.sqrt(sum(r * r for r in residuals.values()) * groups / (groups - 1)) / len(by_pair)
 
 
 def t_quantile(probability: float, freedom: int) -> float:

@@ -28,7 +28,6 @@ from dpo_lora.sweeps.trial import PRUNED, Outcome, Trial, read_all
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
 PRUNERS = ("none", "median", "halving", "hyperband")
-JUDGED_BY = ("accuracy", "margin", "reward_chosen")  # objectives that every evaluation has
 
 # Kept beside an Optuna trial: why it does not count, or where it came from.
 _VOID, _REASON, _FROM, _ORDINAL = "void", "reason", "from", "ordinal"
@@ -265,9 +264,9 @@ def _check(known: dict[str, BaseDistribution], settings: StudySettings, sweep: S
             raise UserError(f"hydra.sweeper.{name}={value} is unknown; there are {', '.join(allowed)}.")
     if settings.pruner == "none":
         return
-    if len(sweep.settings.objectives) > 1 or sweep.settings.objectives[0] not in JUDGED_BY:
+    if len(sweep.settings.objectives) > 1 or sweep.settings.objectives[0] not in objectives.EVALUATED:
         raise UserError(
-            f"A pruner judges by one of {', '.join(JUDGED_BY)}, and sweep.objectives={sweep.settings.objectives}. "
+            f"A pruner judges by one of {', '.join(objectives.EVALUATED)}, and sweep.objectives={sweep.settings.objectives}. "
             "Set hydra.sweeper.pruner=none, or that one objective."
         )
     if sweep.settings.repeats > 1:

@@ -10,14 +10,15 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from dpo_lora.rundir import FAILED, FINISHED, RUNNING, read_jsonl, write_atomic
+from dpo_lora.files import read_jsonl, write_atomic
+from dpo_lora.rundir import FAILED, FINISHED, RUNNING
 from dpo_lora.sweeps import endings, ranking
 from dpo_lora.sweeps.directory import SweepDir
 from dpo_lora.sweeps.trial import Trial, read_all
 
 # Columns of trials.csv between the varied settings and the figures.
 _FIGURES = (
-    "accuracy", "accuracy_low", "accuracy_high", "margin", "reward_chosen", "steps", "pairs", "tokens",
+    "accuracy", "accuracy_low", "accuracy_high", "margin", "loss", "steps", "pairs", "tokens",
     "tokens_per_second", "peak_memory_bytes", "seconds",
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, now
 from dpo_lora.schema import Device, SweepSettings
 from dpo_lora.settings import from_hydra
 from dpo_lora.sweeps import summary, table
-from dpo_lora.sweeps.directory import Identity, SweepDir
+from dpo_lora.sweeps.directory import Identity, SweepDir, same
 from dpo_lora.sweeps.placement import Slot, slots
 from dpo_lora.sweeps.processes import Processes
 from dpo_lora.sweeps.queue import Listed, Queue, Source
@@ -46,11 +46,12 @@ class Sweep:
     stopped: int | None = None  # exit code of the signal that stopped the sweep
 
     @classmethod
-    def open(cls, config: DictConfig, loader: ConfigLoader) -> Sweep:
+    def open(cls, config: DictConfig, loader: ConfigLoader, *, only_plan: bool = False) -> Sweep:
         """Claim the directory of the sweep that ``config`` describes and tell Hydra about it.
 
         Args:
             config: composed for multirun, ``hydra`` node included; ``hydra.sweep.dir`` is set.
+            only_plan: write nothing and hold nothing; the directory may not exist.
 
         Raises:
             UserError: it is running already, or sweeps over something that is the same for all trials.
@@ -63,13 +64,12 @@ class Sweep:
         assert isinstance(base, dict)
         given = [o for o in config.hydra.overrides.hydra if str(o).startswith("hydra.sweep.dir=")]
         kind = str(config.hydra.sweeper._target_).rpartition(".")[2]
-        directory = SweepDir.claim(
-            Path(config.outputs),
-            f"dpo-{_name(config)}-lora-sweep",
-            Identity({str(k): v for k, v in base.items()}, varied, kind),
-            Path(config.hydra.sweep.dir) if given else None,
-            command(),
-        )
+        outputs, target = Path(config.outputs), Path(config.hydra.sweep.dir) if given else None
+        identity = Identity({str(k): v for k, v in base.items()}, varied, kind)
+        if only_plan:
+            known = target or same(outputs, identity.digest())
+            return cls(SweepDir(known or outputs / "new"), settings, varied, config, loader)
+        directory = SweepDir.claim(outputs, f"dpo-{_name(config)}-lora-sweep", identity, target, command())
         config.hydra.sweep.dir = str(directory.path)
         return cls(directory, settings, varied, config, loader)
 
@@ -131,6 +131,16 @@ class Sweep:
                 processes.close()
         if queue.stopped is not None:
             self.stopped = 128 + queue.stopped
+
+    def plan(self, jobs: Sequence[Sequence[str]], settings: int) -> None:
+        """Say what the sweep would do; ``settings`` in all, of which ``jobs`` are known."""
+        from dpo_lora.sweeps import plan
+
+        trials = list({t.id: t for overrides in jobs for t in self.compose(overrides)}.values())
+        expected = len(trials) if settings == len(jobs) else settings * self.settings.repeats
+        room = slots(self.settings, Device(self.config.train.device), expected)
+        known = self.directory.path if self.directory.summary_file.exists() else None
+        plan.show(trials, expected, room, Path(self.config.outputs), known)
 
     def summarise(self) -> dict[str, Any]:
         """Write sweep.json, trials.csv, ``best`` and the report; returns the summary."""

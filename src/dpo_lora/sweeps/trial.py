@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RUNNING, RunDir, write_json
+from dpo_lora.files import write_json
+from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RUNNING, RunDir
 from dpo_lora.schema import RunSettings
 from dpo_lora.settings import fingerprint, from_plain, plain
 

@@ -91,6 +91,21 @@ class RayLauncher(TrialLauncher):
         return RayProcesses(sweep, RaySettings(**self.settings))
 
 
+class PlanLauncher(Launcher):
+    """Runs nothing: says what a sweep would do."""
+
+    sweep: "Sweep"
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from dpo_lora.sweeps.sweep import Sweep
+
+        self.sweep = Sweep.open(config, hydra_context.config_loader, only_plan=True)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        self.sweep.plan(job_overrides, len(job_overrides))
+        return []
+
+
 def _need(package: str, extra: str) -> None:
     from dpo_lora.errors import UserError
 
@@ -101,6 +116,11 @@ def _need(package: str, extra: str) -> None:
 @dataclass
 class LocalConfig:
     _target_: str = "hydra_plugins.dpo_lora_sweeps.launchers.LocalLauncher"
+
+
+@dataclass
+class PlanConfig:
+    _target_: str = "hydra_plugins.dpo_lora_sweeps.launchers.PlanLauncher"
 
 
 @dataclass
@@ -133,3 +153,4 @@ def _register(name: str, node: Any) -> None:
 _register("dpo_lora_local", LocalConfig)
 _register("dpo_lora_slurm", SlurmConfig)
 _register("dpo_lora_ray", RayConfig)
+_register("dpo_lora_plan", PlanConfig)

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf
 
-from hydra_plugins.dpo_lora_sweeps.launchers import TrialLauncher
+from hydra_plugins.dpo_lora_sweeps.launchers import PlanLauncher, TrialLauncher
 
 
 class GridSweeper(BasicSweeper):
@@ -19,17 +19,19 @@ class GridSweeper(BasicSweeper):
     """
 
     def sweep(self, arguments: list[str]) -> Any:
-        if not isinstance(self.launcher, TrialLauncher):
-            return super().sweep(arguments)
         assert self.config is not None and self.hydra_context is not None
-        OmegaConf.save(self.config, self.launcher.sweep.directory.path / "multirun.yaml")
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        if isinstance(self.launcher, PlanLauncher):
+            return self.launcher.launch(self.split_arguments(overrides, None)[0], initial_job_idx=0)
+        if not isinstance(self.launcher, TrialLauncher):
+            return super().sweep(arguments)
+        OmegaConf.save(self.config, self.launcher.sweep.directory.path / "multirun.yaml")
         first = 0
         for batch in self.split_arguments(overrides, self.max_batch_size):
             self.launcher.launch(batch, initial_job_idx=first)
             first += len(batch)
-        _finish(self.launcher)
+        return _finish(self.launcher)
 
 
 class StudySweeper(BasicSweeper):
@@ -43,6 +45,13 @@ class StudySweeper(BasicSweeper):
         from dpo_lora.errors import UserError
 
         assert self.config is not None and self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        # By name, so that a value on the command line beats the preset's.
+        given = {o.get_key_element(): o for o in parser.parse_overrides([*self._parse_config(), *arguments])}
+        fixed = [str(o.input_line) for o in given.values() if not o.is_sweep_override()]
+        swept = [o for o in given.values() if o.is_sweep_override()]
+        if isinstance(self.launcher, PlanLauncher):
+            return self.launcher.sweep.plan([fixed], int(self.settings["trials"]))
         if not isinstance(self.launcher, TrialLauncher):
             raise UserError("A study runs on hydra/launcher=local, slurm or ray.")
         if importlib.util.find_spec("optuna") is None:
@@ -51,17 +60,12 @@ class StudySweeper(BasicSweeper):
 
         sweep = self.launcher.sweep
         OmegaConf.save(self.config, sweep.directory.path / "multirun.yaml")
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        # By name, so that a value on the command line beats the preset's.
-        given = {o.get_key_element(): o for o in parser.parse_overrides([*self._parse_config(), *arguments])}
-        fixed = [str(o.input_line) for o in given.values() if not o.is_sweep_override()]
-        swept = [o for o in given.values() if o.is_sweep_override()]
         study = Study(sweep, StudySettings(**self.settings), fixed, swept)
         try:
             sweep.run(study, study.known(), study.settings.trials * sweep.settings.repeats, self.launcher.processes)
         finally:
             sweep.extra["study"] = study.facts()
-        _finish(self.launcher)
+        return _finish(self.launcher)
 
 
 def _finish(launcher: TrialLauncher) -> None:

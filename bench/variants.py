@@ -1,0 +1,117 @@
+"""The same optimizer steps made in different ways: stock TRL, tuned stock TRL, and the pair engine."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import contextmanager
+
+import torch
+
+from bench.workloads import PAIRS_PER_STEP, make_trainer
+
+
+class Bench:
+    """One model, one trainer; every variant is a way to make the same optimizer steps with it."""
+
+    def __init__(self, shape: str, rows: list[dict], device: str, dtype: torch.dtype, budget: int | None) -> None:
+        self.rows, self.device, self.budget = rows, device, budget
+        self.trainer = make_trainer(shape, rows, tempfile.mkdtemp(), device, dtype)
+        self.model = self.trainer.model
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.start = [p.detach().clone() for p in self.parameters]
+
+    @contextmanager
+    def checkpointing(self, on: bool):
+        if on:
+            self.model.gradient_checkpointing_enable()
+        else:
+            self.model.gradient_checkpointing_disable()
+        yield
+
+    def reference(self) -> None:
+        """Reference log-probs of all rows once, for the cached variants (TRL's way; not timed)."""
+        self.model.gradient_checkpointing_disable()
+        for row in self.rows:
+            chosen, rejected = self.trainer.compute_ref_log_probs(self.model, self.batch([row]))
+            row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen.item(), rejected.item()
+
+    def batch(self, rows: list[dict]) -> dict:
+        return {k: v.to(self.device) for k, v in self.trainer.data_collator(rows).items()}
+
+    def epoch(self, steps: list[list[list[int]]], cached: bool) -> tuple[float, list[float]]:
+        """Seconds for the steps, and their losses. A step is a list of micro-batches of row numbers."""
+        with torch.no_grad():
+            for p, start in zip(self.parameters, self.start, strict=True):
+                p.copy_(start)
+        optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.trainer.precompute_ref_logps = cached
+        losses = []
+        began, worked = self.now(), time.process_time()
+        for step in steps:
+            count = sum(len(micro) for micro in step)
+            total = 0.0
+            for micro in step:
+                batch = self.batch([self.rows[i] for i in micro])
+                loss = self.trainer._compute_loss(self.model, batch, False) * (len(micro) / count)
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total)
+        self.processor_seconds = time.process_time() - worked
+        return self.now() - began, losses
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def stock(self) -> tuple[float, list[float]]:
+        with self.checkpointing(True):
+            return self.epoch([[step] for step in self.steps()], cached=False)
+
+    def tuned(self, batch_size: int) -> tuple[float, list[float]]:
+        """The same number of pairs a step, over rows sorted by length (so its steps hold other pairs)."""
+        order = sorted(range(len(self.rows)), key=lambda i: sum(map(len, list(self.rows[i].values())[:3])))
+        steps = [order[i : i + PAIRS_PER_STEP] for i in range(0, len(order), PAIRS_PER_STEP)]
+        cut = [[s[i : i + batch_size] for i in range(0, len(s), batch_size)] for s in steps]
+        with self.checkpointing(False):
+            return self.epoch(cut, cached=True)
+
+    def ours(self, cached: bool, budget: int | None = -1, **engine) -> tuple[float, list[float]]:
+        from dpo_lora.engine.batching import cut, pair_tokens
+        from dpo_lora.engine.forward import PackedForward
+
+        budget = self.budget if budget == -1 else budget
+        steps = []
+        for step in self.steps():
+            micros = cut([pair_tokens(self.rows[i]) for i in step], budget)
+            steps.append([[step[i] for i in m.pairs] for m in micros])
+        packed = PackedForward(self.model, **engine)
+        packed.install()
+        try:
+            with self.checkpointing(False):
+                return self.epoch(steps, cached)
+        finally:
+            packed.detach()
+
+    def steps(self) -> list[list[int]]:
+        numbers = list(range(len(self.rows)))
+        return [numbers[i : i + PAIRS_PER_STEP] for i in range(0, len(numbers), PAIRS_PER_STEP)]
+
+    def real_tokens(self) -> int:
+        return sum(len(r[k]) for r in self.rows for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+    def useful_flops(self, cached: bool) -> float:
+        """Matrix-product work nobody can avoid: base and LoRA products of real tokens, the head where labels
+        are."""
+        base = sum(
+            p.numel() for n, p in self.model.named_parameters() if "layers" in n and p.dim() == 2 and "lora" not in n
+        )
+        lora = sum(p.numel() for p in self.parameters)
+        head = self.model.get_output_embeddings().weight.numel()
+        labels = sum(len(r[k]) for r in self.rows for k in ("chosen_ids", "rejected_ids"))
+        forward = 2 * base * self.real_tokens() + 2 * head * labels
+        return 2 * forward + 6 * lora * self.real_tokens() + (0 if cached else forward)

@@ -1,0 +1,131 @@
+"""What is measured on: pairs with log-normal lengths, random models of known shapes, stock TRL's trainer."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+
+import torch
+import transformers
+
+PAIRS_PER_STEP = 8
+WORKLOADS = {
+    "short": (40, 60, 50),
+    "medium": (100, 100, 80),
+    "long": (300, 120, 120),
+    "chat": (600, 250, 200),
+}
+SHAPES = {
+    # SmolLM2-135M-Instruct; random weights, the time does not depend on them
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def make_rows(means: tuple[int, int, int], count: int, vocabulary: int, seed: int = 0) -> list[dict]:
+    """Random pairs with log-normal lengths (sigma 0.5) of the given means, in tokens."""
+    rng = random.Random(seed)
+
+    def words(mean: int) -> list[int]:
+        length = max(2, round(rng.lognormvariate(math.log(mean) - 0.125, 0.5)))
+        return [rng.randrange(5, vocabulary) for _ in range(length)]
+
+    return [
+        dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(words, means), strict=True)) for _ in range(count)
+    ]
+
+
+def make_trainer(shape: str, rows: list[dict], folder: str, device: str, dtype: torch.dtype):
+    """TRL's DPOTrainer with its defaults around a random model of the shape; adapters moved away from
+    zero."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models
+    from trl import DPOConfig, DPOTrainer
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_args, **_kwargs):
+            return dataset
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPES[shape])
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(8)}, unk_token="t0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0", eos_token="t2")
+    args = DPOConfig(
+        output_dir=folder,
+        report_to="none",
+        max_length=None,
+        use_cpu=device == "cpu",
+        bf16=dtype == torch.bfloat16,
+        dataloader_pin_memory=False,
+    )
+    trainer = Tokenised(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.model.to(device).train()
+    for name, p in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, 0, 0.01)
+    return trainer
+
+
+def matmul_rate(shape: str, device: str, dtype: torch.dtype, tokens: int = 1024) -> float:
+    """FLOP/s of plain products at the model's layer shapes, weighed by their work."""
+    s = SHAPES[shape]
+    hidden, inter = s["hidden_size"], s["intermediate_size"]
+    work = seconds = 0.0
+    for k, n in ((hidden, hidden), (hidden, inter), (inter, hidden)):
+        x, w = (
+            torch.randn(tokens, k, device=device, dtype=dtype),
+            torch.randn(n, k, device=device, dtype=dtype),
+        )
+        out = torch.empty(tokens, n, device=device, dtype=dtype)
+        times = []
+        for _ in range(12):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            torch.mm(x, w.t(), out=out)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        work += 2 * tokens * k * n
+        seconds += statistics.median(times)
+    return work / seconds

@@ -1,0 +1,148 @@
+"""Which engine a trainer runs on, decided by the model's facts and a probe, and the reference it compares with."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from dpo_lora.engine.batching import TokenBudget, why_inseparable
+from dpo_lora.engine.eligibility import Verdict, judge
+from dpo_lora.engine.forward import PackedForward
+from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens, scope_of, sequence_log_probs
+from dpo_lora.engine.reference_pass import fingerprint_adapter, reference_pass
+from dpo_lora.errors import UserError
+from dpo_lora.resources import reference_folder
+from dpo_lora.schema import Engine, RunSettings
+
+if TYPE_CHECKING:
+    from dpo_lora.dpo.trainer import PairTrainer
+
+log = logging.getLogger(__name__)
+
+# Tokens in memory at a time to start from and to grow to. On a CPU matrix products gain nothing past some
+# hundred rows while buffers leave the cache (measured: 640); a GPU is filled until it refuses.
+CPU_TOKENS = (640, 640)
+GPU_TOKENS = (4096, 65536)
+
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's own column names
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine a run trains on; ``packed`` is None for TRL's own forward pass."""
+
+    packed: PackedForward | None
+    reason: str | None  # why it is not packed
+    difference: float | None  # the probe's: packed against stock log-probabilities, relative
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "engine": "stock" if self.packed is None else "packed",
+            "attention": None if self.packed is None else self.packed.kernel,
+            "why_stock": self.reason,
+            "probe_difference": self.difference,
+        }
+
+
+def choose_engine(trainer: PairTrainer) -> EngineChoice:
+    """Install the packed forward pass on the trainer's model where it is proven equal.
+
+    Raises:
+        UserError: ``train.engine=packed`` and the model cannot be packed.
+    """
+    train = trainer.run.train
+    if train.engine is Engine.stock:
+        return EngineChoice(None, "train.engine=stock", None)
+    rows = [trainer.train_dataset[i] for i in range(min(2, len(trainer.train_dataset)))]
+    longest = max(longest_sequence(trainer.train_dataset), longest_sequence(trainer.heldout))
+    kernel = None if train.attention == "auto" else train.attention
+    with trainer.accelerator.autocast():
+        verdict: Verdict = judge(trainer.model, trainer.batch(rows), longest, kernel=kernel)
+    if not verdict.eligible:
+        if train.engine is Engine.packed:
+            raise UserError(f"train.engine=packed cannot be: {verdict.reason}. Use train.engine=auto or stock.")
+        log.warning("TRL's own forward pass is used: %s.", verdict.reason)
+        return EngineChoice(None, verdict.reason, verdict.difference)
+    statistics: tuple[str, ...] = ("entropy", "mean_logits", "is_top1")
+    if trainer.run.dpo.use_weighting:
+        statistics += ("log_sum_sq_probs",)
+    packed = PackedForward(trainer.model, statistics, kernel, recompute=train.gradient_checkpointing)
+    packed.install()
+    log.info("Pair packing: attention %s; probe differs by %.1e from stock.", packed.kernel, verdict.difference)
+    return EngineChoice(packed, None, verdict.difference)
+
+
+def token_budget(run: RunSettings, on_cpu: bool) -> TokenBudget:
+    """What ``train.tokens_per_batch`` allows; found by trying for auto, halved at most on out-of-memory otherwise."""
+    start, ceiling = CPU_TOKENS if on_cpu else GPU_TOKENS
+    if run.train.tokens_per_batch != "auto":
+        start = ceiling = int(run.train.tokens_per_batch)
+    return TokenBudget(start, ceiling, floor=1)
+
+
+def warn_inseparable(run: RunSettings) -> None:
+    """Say that memory settings move the result, for the losses where they do."""
+    reason = why_inseparable(run.dpo.loss_type)
+    if reason is not None and run.train.micro_batch is not None:
+        log.warning("%s: train.micro_batch=%d changes the result.", reason, run.train.micro_batch)
+
+
+def longest_sequence(rows: Dataset) -> int:
+    """Tokens of the longest prompt + answer."""
+    lengths = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
+    return max(len(p) + max(len(c), len(r)) for p, c, r in lengths)
+
+
+@dataclass(frozen=True)
+class ReferenceUse:
+    """Where the reference's log-probabilities came from, for the manifest."""
+
+    found: int
+    computed: int
+
+    def describe(self) -> dict[str, int]:
+        return {"pairs_found": self.found, "pairs_computed": self.computed}
+
+
+def attach_reference(
+    trainer: PairTrainer, rows: Dataset, weights: str, ld_alpha: float | None
+) -> tuple[Dataset, ReferenceUse]:
+    """``rows`` with the reference's log-probabilities as columns, from the cache or computed into it.
+
+    Args:
+        weights: fingerprint of the base weights.
+        ld_alpha: weight of tokens past the shorter answer, as the loss takes it; None for plain sums.
+    """
+    assert trainer.engine.packed is not None
+    packed, run = trainer.engine.packed, trainer.run
+    adapter = fingerprint_adapter(trainer.model)
+    scope = scope_of(
+        base=weights,
+        adapter=adapter,
+        dtype=str(trainer.model.dtype),
+        autocast=bool(trainer.args.bf16),
+        device=trainer.args.device.type,
+    )
+    cache = ReferenceCache(reference_folder(), int(run.train.reference_cache_gb * 1e9))
+    budget = token_budget(run, trainer.args.device.type == "cpu")
+    compute = reference_pass(packed, budget)
+
+    def computed(part: list[Tokens]) -> list[LogProbs]:
+        with trainer.accelerator.autocast():
+            return compute(part)
+
+    pairs = [_tokens(row) for row in rows]
+    about = {"base": run.model.name, "weights": weights, "adapter": adapter, "data": run.data.name}
+    fetched = cache.fetch(scope, pairs, computed, about)
+    sums = [sequence_log_probs(values, ld_alpha) for values in fetched.values]
+    for column, values in zip(REFERENCE, zip(*sums, strict=True), strict=True):
+        rows = rows.add_column(column, list(values))
+    return rows, ReferenceUse(fetched.found, fetched.computed)
+
+
+def _tokens(row: dict[str, Any]) -> Tokens:
+    prompt = row["prompt_ids"]
+    return ([*prompt, *row["chosen_ids"]], len(prompt)), ([*prompt, *row["rejected_ids"]], len(prompt))

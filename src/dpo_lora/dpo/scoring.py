@@ -1,0 +1,107 @@
+"""Exact scores of pairs under policy and reference: every pair once, whatever the batch or the number of devices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from trl.trainer.utils import use_adapter
+
+from dpo_lora.dpo.engines import REFERENCE
+from dpo_lora.dpo.saving import WholeCheckpoints
+from dpo_lora.errors import UserError
+from dpo_lora.evaluation.scores import PairScores, pair_hash
+from dpo_lora.schema import RunSettings
+
+
+class ExactScoring(WholeCheckpoints):
+    """A trainer that scores pairs. Its subclass sets ``run``, ``collate``, ``heldout`` and ``_reference``."""
+
+    run: RunSettings
+    heldout: Dataset
+    collate: Any
+    _reference: dict[str, tuple[float, ...]]  # reference log-probabilities, by pair_hash
+
+    def batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {k: v.to(self.args.device) for k, v in self.collate(rows).items()}
+
+    def score(self, rows: Dataset) -> PairScores:
+        """Log-probabilities of every pair's answers under policy and reference, without dropout.
+
+        Each rank takes every world_size-th row and the gathered rows are put back in order, so that
+        none is counted twice, as padding for equal batches would.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        mine = list(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
+        found: list[tuple[int, tuple[float, ...]]] = []
+        # Longest first: the first batch already needs the most memory.
+        mine.sort(key=lambda i: -len(rows[i]["prompt_ids"]) - len(rows[i]["chosen_ids"]) - len(rows[i]["rejected_ids"]))
+        for start in range(0, len(mine), self.run.eval.batch):
+            indices = mine[start : start + self.run.eval.batch]
+            batch_rows = [rows[i] for i in indices]
+            batch = self.batch(batch_rows)
+            policy = self._logps(batch)
+            reference = self._reference_logps(batch_rows, batch)
+            found += [(i, (*p, *r)) for i, p, r in zip(indices, policy, reference, strict=True)]
+        if self.accelerator.num_processes > 1:
+            found = gather_object(found)
+        self.model.train(was_training)
+        values = np.asarray([v for _, v in sorted(found)], dtype=np.float64).reshape(-1, 4)
+        return PairScores.of(rows, values)
+
+    def _reference_logps(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor]) -> list[tuple[float, ...]]:
+        """From the rows' own columns, from an earlier evaluation, or by a pass of the reference."""
+        if REFERENCE[0] in rows[0]:
+            return [tuple(row[column] for column in REFERENCE) for row in rows]
+        keys = [pair_hash(row) for row in rows]
+        if not all(key in self._reference for key in keys):
+            with self.as_reference() as model:
+                self._reference.update(zip(keys, self._logps(batch, model), strict=True))
+        return [self._reference[key] for key in keys]
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The reference model: the base without the adapter, a parent's frozen copy, or a model of its own."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            yield self.model
+
+    def _logps(self, batch: dict[str, torch.Tensor], model: Any = None) -> list[tuple[float, float]]:
+        """Plain sums over answer tokens: TRL's own reference pass would weigh them by ld_alpha."""
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        with torch.no_grad(), self.accelerator.autocast():
+            output = (self.model if model is None else model)(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+                labels=labels,
+                fused_lm_head=True,
+            )
+        chosen, rejected = output.log_probs.double().sum(dim=1).chunk(2)
+        return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+    def check_start(self) -> None:
+        """Before the first update policy and reference are one: every margin is 0 and the DPO loss ln 2.
+
+        Raises:
+            UserError: they differ, so every number of the run would be measured from a wrong zero.
+        """
+        scores = self.score(self.heldout.select(range(min(4, len(self.heldout)))))
+        tokens = scores.tokens_chosen + scores.tokens_rejected
+        off = float(np.max(np.abs(scores.margins) / tokens))
+        # Rounding of the format the model computes in, per token; a moved base is off by far more.
+        tolerance = 1e-5 if next(self.model.parameters()).dtype is torch.float32 else 1e-2
+        if not off <= tolerance:
+            raise UserError(
+                f"Before the first update the policy is not its reference: margins differ by {off:.2g} nats a token. "
+                "Some lora.init or a changed base model moves the start; nothing was trained."
+            )

@@ -1,0 +1,148 @@
+"""Micro-batches by token budget: one optimizer step's pairs cut so that each row fits, whatever the pair
+count.
+
+The optimizer steps on exactly the pairs it was given. For a loss that is a mean over pairs the gradient of
+the step is sum_m share_m * grad(mean loss of micro-batch m) with share_m = pairs in m / pairs in the step, so
+the cut changes nothing but rounding. Losses that look across pairs say so through `separable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from dpo_lora.engine.packing import positions_needed
+from dpo_lora.errors import UserError
+
+Result = TypeVar("Result")
+
+_ACROSS_PAIRS = {
+    "aot": "it sorts the log-ratios of the batch",
+    "aot_unpaired": "it sorts the log-ratios of the batch",
+    "sft": "it is a mean over the batch's tokens, not over its pairs",
+}
+
+
+def separable(loss_types: Sequence[str], router_aux_loss: bool = False) -> bool:
+    """Whether the loss of a batch is the mean of its pairs' losses, so that any cut gives the same
+    gradient."""
+    return not router_aux_loss and not set(loss_types) & set(_ACROSS_PAIRS)
+
+
+def why_inseparable(loss_types: Sequence[str], router_aux_loss: bool = False) -> str | None:
+    """One line for people, or None."""
+    if router_aux_loss:
+        return "the router's load-balancing loss is computed over the whole batch"
+    name = next((t for t in loss_types if t in _ACROSS_PAIRS), None)
+    return None if name is None else f"loss {name!r}: {_ACROSS_PAIRS[name]}"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Which pairs of the step (indices into the list given), and the weight of this micro-batch's mean
+    loss."""
+
+    pairs: tuple[int, ...]
+    share: float
+    tokens: int
+
+
+def pair_tokens(row: dict, max_length: int | None = None) -> int:
+    """Row positions a tokenised pair needs at most (`prompt_ids`, `chosen_ids`, `rejected_ids`)."""
+    prompt, chosen, rejected = (len(row[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    if max_length is None:
+        return positions_needed(prompt, chosen, rejected)
+    sides = (min(prompt + n, max_length) for n in (chosen, rejected))
+    return min(positions_needed(prompt, chosen, rejected), sum(sides))
+
+
+def cut(sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False) -> list[MicroBatch]:
+    """Cut one step's pairs into as few micro-batches as the budget allows, evenly filled.
+
+    sizes: row positions of each pair (`pair_tokens`). A pair larger than the budget gets its own micro-batch.
+    With tokens_per_batch None, or whole (a loss that is not separable), all pairs stay together.
+    Deterministic: largest pair first into the emptiest micro-batch, the number of micro-batches raised until
+    all fit.
+    """
+    count = len(sizes)
+    if count == 0:
+        raise ValueError("an optimizer step needs at least one pair")
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise UserError(f"tokens_per_batch is {tokens_per_batch}; give a positive number of tokens, or None")
+    everything = MicroBatch(tuple(range(count)), 1.0, sum(sizes))
+    if whole or tokens_per_batch is None or everything.tokens <= tokens_per_batch:
+        return [everything]
+    order = sorted(range(count), key=lambda i: (-sizes[i], i))
+    for bins in range(min(count, -(-everything.tokens // tokens_per_batch)), count + 1):
+        load, members = [0] * bins, [[] for _ in range(bins)]
+        for i in order:
+            target = min(range(bins), key=load.__getitem__)
+            load[target] += sizes[i]
+            members[target].append(i)
+        if all(n <= tokens_per_batch or len(m) == 1 for n, m in zip(load, members, strict=True)):
+            break
+    batches = [(sorted(m), n) for m, n in zip(members, load, strict=True) if m]
+    return [MicroBatch(tuple(m), len(m) / count, n) for m, n in sorted(batches)]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Out of memory on a GPU (its own exception) or on a CPU (a RuntimeError of torch's allocator, or
+    Python's)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+class TokenBudget:
+    """A budget that finds itself: starts at `start`, doubles after `patience` clean steps, halves on
+    out-of-memory.
+
+    After the first failure it never grows again to the size that failed. `ceiling` bounds the growth: on a
+    CPU there is no reason to grow past the point where products are efficient and buffers still fit the
+    cache.
+    """
+
+    def __init__(self, start: int, ceiling: int, floor: int = 64, patience: int = 2) -> None:
+        self.tokens, self.ceiling, self.floor, self.patience = start, ceiling, floor, patience
+        self.clean = 0
+
+    def run(
+        self, sizes: Sequence[int], step: Callable[[list[MicroBatch]], Result], reset: Callable[[], None]
+    ) -> Result:
+        """Call step(micro-batches) for one optimizer step; on out-of-memory reset() (drop gradients) and cut
+        finer.
+
+        step must not have moved the optimizer when it raises. Any other error passes; so does out-of-memory
+        when every micro-batch is a single pair already, with what to do in the message.
+        """
+        while True:
+            batches = cut(sizes, self.tokens)
+            try:
+                result = step(batches)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batches) == len(sizes) or self.tokens // 2 < self.floor:
+                    raise ValueError(
+                        f"a single pair of up to {max(sizes)} tokens does not fit in memory; "
+                        "lower data.max_length, use a smaller model, or set train.gradient_checkpointing=true"
+                    ) from error
+            else:
+                self._grow()
+                return result
+            # outside the except block: the traceback would keep the failed step's tensors alive
+            reset()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.tokens //= 2
+            self.ceiling = self.tokens
+            self.clean = 0
+
+    def _grow(self) -> None:
+        self.clean += 1
+        if self.clean >= self.patience and self.tokens * 2 <= self.ceiling:
+            self.tokens *= 2
+            self.clean = 0

@@ -1,0 +1,147 @@
+"""The packed forward pass: stands where TRL's `_compute_loss` calls the model, and answers in TRL's
+layout."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from dpo_lora.engine.attention import attach, default_kernel, packed_rows
+from dpo_lora.engine.decoder import run_decoder
+from dpo_lora.engine.head import STATISTICS, HeadRule, token_scores
+from dpo_lora.engine.packing import PairPlan, plan_batch
+
+
+class PackedForward:
+    """A causal LM (plain or under PEFT) scored by packed rows.
+
+    `packed(input_ids=..., attention_mask=..., labels=..., fused_lm_head=True)` takes what TRL's
+    `_compute_loss` gives its model, and returns what `add_fused_lm_head` returns: log_probs and the
+    statistics in [2B, L-1]. A batch that carries `pair_plan` (made by `PairCollator`) is not planned again.
+
+    statistics: which of head.STATISTICS to compute; drop those that nobody logs. TRL's `_compute_loss` reads
+    entropy, mean_logits and is_top1 in every call, so what is dropped comes back as zeros; log_sum_sq_probs
+    (`use_weighting`) changes the loss and must be asked for.
+    kernel: name from attention.KERNELS, None for the default of the model's device and dtype.
+    layers: "auto" runs the backbone by `decoder.py` where that is possible (CPU so far), "plain" never does.
+    recompute: of the layers run by `decoder.py`, keep only the inputs for the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: tuple[str, ...] = ("entropy", "mean_logits", "is_top1"),
+        kernel: str | None = None,
+        layers: str = "auto",
+        recompute: bool = False,
+    ) -> None:
+        if layers not in ("auto", "plain"):
+            raise ValueError(f"layers is {layers!r}; use 'auto' (by hand where possible) or 'plain' (the model's own)")
+        self.layers, self.recompute = layers, recompute
+        self.model = model
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.text_config = self.base.config.get_text_config()
+        self.rule = HeadRule.of(self.text_config)
+        self.statistics = statistics
+        weight = self.base.get_output_embeddings().weight
+        self.kernel = kernel or default_kernel(
+            weight.device,
+            weight.dtype,
+            getattr(self.text_config, "attn_logit_softcapping", None),
+            getattr(self.text_config, "head_dim", None)
+            or self.text_config.hidden_size // self.text_config.num_attention_heads,
+        )
+        self._restore_attention = attach(self.base, self.kernel)
+        self._restore_forward: Callable[[], None] | None = None
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        pair_plan: PairPlan | None = None,
+        fused_lm_head: bool = True,
+        **kwargs: object,
+    ) -> FusedCausalLMOutput:
+        """input_ids, attention_mask, labels: [2B, L] as TRL's DataCollatorForPreference makes them."""
+        assert fused_lm_head, "the packed forward has no logits to return"
+        routed = bool(kwargs.get("output_router_logits"))
+        plan = pair_plan
+        if plan is None or (routed and not plan.keeps_last):
+            plan = plan_batch(input_ids, attention_mask, labels, keep_last=routed)
+        if plan.slots.shape != (input_ids.shape[0], input_ids.shape[1] - 1):
+            raise ValueError(
+                f"the plan has {tuple(plan.slots.shape)} places but the batch is {tuple(input_ids.shape)}; "
+                "plan the batch after it was padded"
+            )
+        hidden, router_logits = self.hidden_states(plan, routed)
+        scores = token_scores(
+            hidden[plan.head_rows],
+            self.base.get_output_embeddings(),
+            plan.head_labels,
+            self.rule,
+            self.statistics,
+        )
+        spread = {name: plan.scatter(value) for name, value in scores.items()}
+        for name in set(STATISTICS) - set(scores) - {"log_sum_sq_probs"}:
+            spread[name] = torch.zeros_like(spread["log_probs"], dtype=torch.bool if name == "is_top1" else None)
+        aux_loss = None if router_logits is None else self._aux_loss(router_logits, plan)
+        return FusedCausalLMOutput(label_mask=plan.slots < len(plan.head_rows), aux_loss=aux_loss, **spread)
+
+    def hidden_states(self, plan: PairPlan, router_logits: bool = False) -> tuple[Tensor, tuple | None]:
+        """Last hidden states [T, H] of the plan's row and, if asked, the routers' logits of a mixture of
+        experts."""
+        if self.layers == "auto" and plan.input_ids.device.type == "cpu" and not router_logits:
+            hidden = run_decoder(self.base.base_model, plan, self.recompute)
+            if hidden is not None:
+                return hidden, None
+        kwargs = {"output_router_logits": True} if router_logits else {}
+        with packed_rows(plan):
+            out = self.base.base_model(
+                input_ids=plan.input_ids, position_ids=plan.position_ids, use_cache=False, **kwargs
+            )
+        return out.last_hidden_state[0], getattr(out, "router_logits", None) if router_logits else None
+
+    def _aux_loss(self, router_logits: tuple[Tensor, ...], plan: PairPlan) -> Tensor:
+        """Load-balancing loss over the tokens stock sees: a shared token counts once for each of its
+        sequences."""
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        config = self.text_config
+        return load_balancing_loss_func(
+            router_logits, config.num_experts, config.num_experts_per_tok, plan.token_weights()
+        )
+
+    def install(self) -> None:
+        """Answer `model(..., fused_lm_head=True)` from packed rows, also through PEFT and DDP wrappers.
+
+        Replaces the instance's forward, the same door TRL's own `add_fused_lm_head` uses; other calls
+        (generation) reach what was there.
+        """
+        before, engine = self.base.forward, self
+
+        @functools.wraps(before)
+        def forward(_self: nn.Module, *args: object, fused_lm_head: bool = False, **kwargs: object):
+            if not fused_lm_head:
+                kwargs.pop("pair_plan", None)
+                return before(*args, **kwargs)
+            return engine(*args, fused_lm_head=True, **kwargs)
+
+        self.base.forward = types.MethodType(forward, self.base)
+
+        def restore() -> None:
+            self.base.forward = before
+
+        self._restore_forward = restore
+
+    def detach(self) -> None:
+        """Give the model back as it was."""
+        if self._restore_forward is not None:
+            self._restore_forward()
+            self._restore_forward = None
+        self._restore_attention()

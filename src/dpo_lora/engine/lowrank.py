@@ -1,0 +1,140 @@
+"""Linear layers with LoRA, by hand: several that read the same input are computed together, in the buffers
+given.
+
+    y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T
+
+Only W's product and four narrow ones remain; the A's are stacked to one product; the sums happen inside the
+matrix products (beta = 1), so no intermediate [T, out] tensor is made. Weights and biases are frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear layer: weight [out, in], bias [out] or None; LoRA down [r, in], up [out, r] and scale, or
+    None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 1.0
+
+
+def read_projection(module: nn.Module) -> Projection | None:
+    """The module as a `Projection` in its present state, or None if it is anything but what is written
+    above."""
+    if type(module) is nn.Linear:
+        return _frozen(module)
+    if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear or module.merged:
+        return None
+    base = _frozen(module.base_layer)
+    if base is None or module.disable_adapters:
+        return base
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if not names:
+        return base
+    if len(names) > 1:
+        return None
+    (name,) = names
+    down, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    plain = type(down) is nn.Linear and type(up) is nn.Linear and down.bias is None and up.bias is None
+    dropped = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    dropped |= not isinstance(dropout, nn.Dropout | nn.Identity)
+    same = {base.weight.dtype, down.weight.dtype, up.weight.dtype} == {base.weight.dtype}
+    if not plain or dropped or not same or name in module.lora_variant or watched(module, down, up, dropout):
+        return None
+    return Projection(base.weight, base.bias, down.weight, up.weight, float(module.scaling[name]))
+
+
+def _frozen(linear: nn.Linear) -> Projection | None:
+    trained = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
+    return None if trained or watched(linear) else Projection(linear.weight, linear.bias)
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Someone hooked or replaced the module's forward and would be bypassed."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in modules
+    )
+
+
+def stacked_down(group: tuple[Projection, ...]) -> Tensor | None:
+    """The group's LoRA A's, [sum of ranks, in]; None without LoRA."""
+    downs = [p.down for p in group if p.down is not None]
+    if not downs:
+        return None
+    return downs[0] if len(downs) == 1 else torch.cat(downs)
+
+
+def project(x: Tensor, group: tuple[Projection, ...], start: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """x [T, in] -> ([T, sum of outs], x A^T [T, sum of ranks]); `start` [T, out] is added (a single
+    projection)."""
+    widths = [len(p.weight) for p in group]
+    out = torch.empty(len(x), sum(widths), dtype=x.dtype, device=x.device)
+    down = stacked_down(group)
+    low = None if down is None else x @ down.t()
+    at = rank_at = 0
+    for p, width in zip(group, widths, strict=True):
+        view = out[:, at : at + width]
+        if start is None:
+            torch.mm(x, p.weight.t(), out=view)
+        else:
+            torch.addmm(start, x, p.weight.t(), out=view)
+        if p.bias is not None:
+            view.add_(p.bias)
+        if p.down is not None:
+            rank = len(p.down)
+            view.addmm_(low[:, rank_at : rank_at + rank], p.up.t(), alpha=p.scale)
+            rank_at += rank
+        at += width
+    return out, low
+
+
+def project_backward(
+    grad: Tensor, x: Tensor, low: Tensor | None, group: tuple[Projection, ...], need_input: bool = True
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """grad [T, sum of outs], x [T, in], low from `project` -> (dx [T, in], [dA_1, dB_1, dA_2, ...])."""
+    down = stacked_down(group)
+    low_grad = None if low is None else torch.empty_like(low)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_input else None
+    ups: list[Tensor | None] = []
+    at = rank_at = 0
+    for number, p in enumerate(group):
+        width = len(p.weight)
+        view = grad[:, at : at + width]
+        if dx is not None:
+            torch.mm(view, p.weight, out=dx) if number == 0 else dx.addmm_(view, p.weight)
+        if p.down is None:
+            ups.append(None)
+        else:
+            rank = len(p.down)
+            ranks = slice(rank_at, rank_at + rank)
+            torch.mm(view, p.up, out=low_grad[:, ranks])
+            if p.scale != 1.0:
+                low_grad[:, ranks].mul_(p.scale)
+            ups.append((view.t() @ low[:, ranks]).mul_(p.scale))
+            rank_at += rank
+        at += width
+    grads: list[Tensor | None] = []
+    if low is None:
+        return dx, [None] * (2 * len(group))
+    if dx is not None:
+        dx.addmm_(low_grad, down)
+    down_grad = low_grad.t() @ x
+    rank_at = 0
+    for p, up in zip(group, ups, strict=True):
+        if p.down is None:
+            grads += [None, None]
+        else:
+            grads += [down_grad[rank_at : rank_at + len(p.down)], up]
+            rank_at += len(p.down)
+    return dx, grads

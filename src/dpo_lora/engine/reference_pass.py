@@ -1,0 +1,106 @@
+"""The reference model's log-probabilities of pairs: which weights it is, and the pass that computes them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+from trl.trainer.utils import use_adapter
+
+from dpo_lora.engine.batching import TokenBudget
+from dpo_lora.engine.cache_files import LogProbs
+from dpo_lora.engine.forward import PackedForward
+from dpo_lora.engine.head import token_scores
+from dpo_lora.engine.packing import plan_pairs, positions_needed
+from dpo_lora.engine.reference_cache import Tokens
+
+_REFERENCE = "ref"  # the name TRL gives to the copy of a continued adapter
+_VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "architectures"}
+
+
+def fingerprint_base(model: nn.Module) -> str:
+    """sha256 over the base model's weights by content and its config; adapters do not count, nor do file
+    names."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    digest = hashlib.sha256()
+    config = {k: v for k, v in base.config.to_dict().items() if k not in _VOLATILE and not k.startswith("_attn")}
+    config.pop("output_router_logits", None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    state = {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if "lora_" not in k}
+    _update(digest, state)
+    return digest.hexdigest()
+
+
+def fingerprint_adapter(model: nn.Module) -> str | None:
+    """sha256 of the reference adapter (TRL's "ref", a continued adapter's start), None where the base is
+    reference."""
+    if _REFERENCE not in getattr(model, "peft_config", {}):
+        return None
+    digest = hashlib.sha256()
+    config = model.peft_config[_REFERENCE]
+    facts = {
+        k: str(getattr(config, k, None)) for k in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    }
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    _update(digest, {k: v for k, v in model.state_dict().items() if f".{_REFERENCE}." in k})
+    return digest.hexdigest()
+
+
+def _update(digest, state: dict[str, torch.Tensor]) -> None:
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+
+
+@contextlib.contextmanager
+def reference_active(model: nn.Module) -> Iterator[None]:
+    """The model as the reference: without its adapter, or with TRL's "ref" adapter; gradients off, RNG
+    untouched."""
+    adapters = getattr(model, "peft_config", None)
+    context = contextlib.nullcontext()
+    if adapters is not None:
+        context = use_adapter(model, _REFERENCE if _REFERENCE in adapters else None)
+    cuda = list(range(torch.cuda.device_count()))
+    training = model.training
+    with torch.random.fork_rng(devices=cuda), torch.no_grad(), context:
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+
+def reference_pass(packed: PackedForward, budget: TokenBudget) -> Callable[[Sequence[Tokens]], list[LogProbs]]:
+    """A function for `ReferenceCache.fetch`: rows -> per-token log-probs, by packed rows within the
+    budget."""
+
+    def compute(rows: Sequence[Tokens]) -> list[LogProbs]:
+        sizes = [positions_needed(min(a[1], b[1]), len(a[0]) - a[1], len(b[0]) - b[1]) for a, b in rows]
+
+        def step(batches) -> list[LogProbs]:
+            values: dict[int, LogProbs] = {}
+            with reference_active(packed.model):
+                for batch in batches:
+                    values |= zip(batch.pairs, _score(packed, [rows[i] for i in batch.pairs]), strict=True)
+            return [values[i] for i in range(len(rows))]
+
+        return budget.run(sizes, step, lambda: None)
+
+    return compute
+
+
+def _score(packed: PackedForward, rows: Sequence[Tokens]) -> list[LogProbs]:
+    plan = plan_pairs(rows).to(next(packed.base.parameters()).device)
+    hidden, _ = packed.hidden_states(plan)
+    head = packed.base.get_output_embeddings()
+    scores = token_scores(hidden[plan.head_rows], head, plan.head_labels, packed.rule)["log_probs"]
+    spread = plan.scatter(scores).float().cpu()
+    scored = (plan.slots < len(plan.head_rows)).cpu()
+    sides = [spread[i][scored[i]].numpy() for i in range(2 * len(rows))]
+    return [(sides[i], sides[len(rows) + i]) for i in range(len(rows))]

@@ -1,0 +1,188 @@
+"""Pair attention on GPUs: torch's variable-length flash attention, and FlexAttention where flash does not
+serve.
+
+Flash aligns a causal mask at the bottom right when a segment has fewer queries than keys, which is exactly
+what a rest needs: its n queries against [prefix | rest] of s + n keys, query i seeing keys 0 ... s + i. So
+the queries stay where they are, cut in segments (prefix + chosen as one ordinary causal segment, rejected as
+another), and only the keys of rejected segments are gathered behind the prefix.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from dpo_lora.engine.packing import PairPlan
+
+
+class Segments(NamedTuple):
+    """Cumulative lengths for the flash kernel and where each key comes from. S segments, K gathered keys.
+
+    cu_q, cu_k: [S + 1] int32; max_q, max_k: longest segment; key_rows: [K] row position of each gathered key.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    key_rows: Tensor
+
+
+_segments: WeakKeyDictionary[Tensor, Segments] = WeakKeyDictionary()
+
+
+def segments_of(plan: PairPlan) -> Segments:
+    """The plan's flash segments, on the plan's device; made once a plan (all layers and both passes share
+    them)."""
+    key = plan.position_ids
+    for known, value in _segments.items():
+        if known is key:
+            return value
+    queries, keys, rows = [], [], []
+    offset = 0
+    for shared, chosen, rejected in plan.segments:
+        for count, first in ((shared + chosen, offset), (rejected, offset + shared + chosen)):
+            if count == 0:
+                continue
+            queries.append(count)
+            if first == offset:
+                keys.append(count)
+                rows.append(torch.arange(offset, offset + count))
+            else:
+                keys.append(shared + count)
+                rows += [torch.arange(offset, offset + shared), torch.arange(first, first + count)]
+        offset += shared + chosen + rejected
+    device = plan.input_ids.device
+
+    def cumulative(lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+    made = Segments(cumulative(queries), cumulative(keys), max(queries), max(keys), torch.cat(rows).to(device))
+    _segments[key] = made
+    return made
+
+
+@cache
+def available() -> bool:
+    """Whether this torch has the public variable-length attention (2.10 and later)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def varlen_pairs(
+    query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, scale: float | None, softcap: float | None
+) -> Tensor:
+    """query [1, Hq, T, D], key/value [1, Hkv, T, D] in bf16 or fp16 on CUDA -> [1, T, Hq, D]."""
+    if softcap is not None:
+        raise ValueError("torch's varlen attention has no logit soft-capping; use the kernel 'flex'")
+    return run_segments(query, key, value, segments_of(plan), scale, _flash)
+
+
+def run_segments(query, key, value, segments: Segments, scale: float | None, kernel) -> Tensor:
+    """Gather keys and call kernel(q [T, Hq, D], k [K, Hkv, D], v, segments, scale) -> [T, Hq, D]."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = kernel(q, k[segments.key_rows], v[segments.key_rows], segments, scale)
+    return out[None]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v, options = call_for(frozenset(inspect.signature(varlen_attn).parameters), q, k, v, scale)
+    return varlen_attn(q.contiguous(), k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, **options)
+
+
+def call_for(
+    accepted: frozenset[str], q: Tensor, k: Tensor, v: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, dict[str, object]]:
+    """Tensors and options for a `varlen_attn` that takes the `accepted` arguments (they grew with torch).
+
+    Causality is `is_causal` in the first version and `window_size` (-1, 0) later; without `enable_gqa`
+    keys are repeated, without `scale` the queries carry it.
+    """
+    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in accepted:
+            options["enable_gqa"] = True
+        else:
+            group = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    if scale is not None:
+        if "scale" in accepted:
+            options["scale"] = scale
+        else:
+            q = q * (scale * q.shape[-1] ** 0.5)
+    return q, k, v, options
+
+
+def emulated_flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | None) -> Tensor:
+    """What the flash kernel computes, in plain torch on any device; the test of the gathering on CPU."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    outputs = []
+    for i in range(len(s.cu_q) - 1):
+        qi = q[s.cu_q[i] : s.cu_q[i + 1]]
+        ki, vi = (x[s.cu_k[i] : s.cu_k[i + 1]].repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", qi, ki) * scale
+        queries, keys = scores.shape[1:]
+        visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vi))
+    return torch.cat(outputs)
+
+
+_block_masks: WeakKeyDictionary[Tensor, object] = WeakKeyDictionary()
+
+
+def visible_pairs(plan: PairPlan) -> tuple[Tensor, Tensor]:
+    """Per row position: number of its pair [T], and its branch [T] (0 shared, 1 chosen, 2 rejected)."""
+    pair, branch = [], []
+    for number, segment in enumerate(plan.segments):
+        pair += [number] * sum(segment)
+        branch += [0] * segment[0] + [1] * segment[1] + [2] * segment[2]
+    device = plan.input_ids.device
+    return torch.tensor(pair, device=device), torch.tensor(branch, device=device)
+
+
+def flex_pairs(
+    query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, scale: float | None, softcap: float | None
+) -> Tensor:
+    """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by FlexAttention with a block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = next((m for known, m in _block_masks.items() if known is plan.position_ids), None)
+    if mask is None:
+        pair, branch = visible_pairs(plan)
+
+        def visible(b, h, q, k):
+            own = (branch[k] == 0) | (branch[k] == branch[q])
+            return (pair[q] == pair[k]) & own & (k <= q)
+
+        tokens = plan.tokens
+        mask = create_block_mask(visible, None, None, tokens, tokens, device=str(query.device))
+        _block_masks[plan.position_ids] = mask
+
+    def cap(score, b, h, q, k):
+        return softcap * torch.tanh(score / softcap)
+
+    out = _flex()(
+        query, key, value, score_mod=None if softcap is None else cap, block_mask=mask, scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+@cache
+def _flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # uncompiled FlexAttention materialises the scores; on CPU (tests) that is what is wanted, on CUDA never
+    return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention

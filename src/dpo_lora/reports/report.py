@@ -1,0 +1,154 @@
+"""report.html of one run, read from its directory alone: whatever it came to, there is a page."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from datetime import datetime
+from typing import Any
+
+from dpo_lora.evaluation.diagnosis import diagnose
+from dpo_lora.files import read_jsonl, write_atomic
+from dpo_lora.reports import figures
+from dpo_lora.reports.difference import differing
+from dpo_lora.reports.pages import render, safe_link, shown
+from dpo_lora.rundir import FINISHED, RunDir
+from dpo_lora.settings import defaults
+
+MOST_SAMPLES = 24
+LOG_LINES = 40
+
+
+def write(run: RunDir) -> None:
+    """Write ``report.html`` into ``run``."""
+    write_atomic(run.report_file, page(run))
+
+
+def page(run: RunDir) -> str:
+    """The page as HTML; parts whose files are not there are left out."""
+    manifest, settings = run.manifest(), run.settings()
+    metrics = list(read_jsonl(run.metrics_file)) if run.metrics_file.exists() else []
+    pairs = list(read_jsonl(run.eval_pairs_file)) if run.eval_pairs_file.exists() else []
+    evaluation = json.loads(run.eval_file.read_text(encoding="utf-8")) if run.eval_file.exists() else None
+    after = evaluation["after"] if evaluation else None
+    status = run.status()
+    reference = manifest.get("reference", {}).get("base", {})
+    parent = manifest.get("parent")
+    return render(
+        "report.html.j2",
+        title=f"{run.path.name} · dpo-lora",
+        name=run.path.name,
+        path=str(run.path),
+        status=status,
+        reason=shown(manifest.get("reason") or ""),
+        when=_when(manifest),
+        purpose=shown(
+            f"LoRA adapter for {reference.get('name', settings['model']['name'])}, by DPO on the pairs of "
+            f"{settings['data']['name']}"
+        ),
+        after=after,
+        baselines=evaluation and evaluation["baselines"],
+        level=f"{100 * settings['eval']['confidence']:g} %",
+        samples_summary=evaluation and evaluation.get("samples"),
+        findings=diagnose(metrics, evaluation, settings),
+        training=figures.training(metrics, evaluation),
+        heldout=figures.heldout([row for row in pairs if after and row["step"] == after["step"]], after),
+        samples=_samples(run),
+        data=_rows(manifest.get("data", {})),
+        settings=_settings(settings),
+        command=shlex.join(manifest.get("command", [])),
+        parent=parent and {"name": parent["name"], "link": safe_link(parent["link"])},
+        version=manifest.get("version"),
+        tracker=safe_link(manifest.get("tracker", {}).get("url") or ""),
+        environment=_rows(_environment(manifest)),
+        log="" if status == FINISHED else _log_end(run),
+    )
+
+
+def _when(manifest: dict[str, Any]) -> str:
+    seconds = manifest.get("timings", {}).get("total_seconds")
+    return manifest.get("started", "") + (f" · {duration(seconds)}" if seconds is not None else "")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    return f"{minutes} min {seconds % 60:.0f} s" if hours == 0 else f"{hours} h {minutes % 60} min"
+
+
+def seconds_between(manifest: dict[str, Any]) -> float | None:
+    """From start to end; None while it runs."""
+    if "ended" not in manifest:
+        return None
+    return (datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])).total_seconds()
+
+
+def _samples(run: RunDir) -> list[dict[str, Any]]:
+    """The last step's answers, greedy ones first."""
+    if not run.samples_file.exists():
+        return []
+    rows = list(read_jsonl(run.samples_file))
+    found = []
+    for row in [row for row in rows if row["step"] == rows[-1]["step"]][:MOST_SAMPLES]:
+        before, now = shown(row["reference"]["text"]), shown(row["policy"]["text"])
+        reference, policy = differing(before, now)
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = (
+                prompt[0]["content"] if len(prompt) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+            )
+        found.append(
+            {
+                "id": shown(row["id"], 100),
+                "step": row["step"],
+                "prompt": shown(prompt, 1000),
+                "decoding": row["decoding"],
+                "seed": row["seed"],
+                "reference": reference,
+                "policy": policy,
+                "same": before == now,
+                "preferred": shown(row["preferred"] or ""),
+            }
+        )
+    return found
+
+
+def _settings(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    usual = {row["name"]: row["value"] for row in _rows(defaults())}
+    rows = _rows(settings)
+    for row in rows:
+        row["changed"] = row["value"] != usual.get(row["name"])
+        row["default"] = usual.get(row["name"], "") if row["changed"] else ""
+    return rows
+
+
+def _rows(values: dict[str, Any], prefix: str = "") -> list[dict[str, Any]]:
+    """Nested values as dotted names."""
+    rows: list[dict[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            rows += _rows(value, f"{prefix}{name}.")
+        else:
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
+            rows.append(
+                {"name": shown(f"{prefix}{name}", 200), "value": shown(text, 1000), "changed": False, "default": None}
+            )
+    return rows
+
+
+def _environment(manifest: dict[str, Any]) -> dict[str, Any]:
+    git = manifest.get("git") or {}
+    named = ("compute", "machine", "packages", "training", "timings", "settings_fingerprint", "reference")
+    return {
+        **{name: manifest[name] for name in named if name in manifest},
+        **({"git": {"commit": git["commit"], "uncommitted changes": git["dirty"]}} if git else {}),
+    }
+
+
+def _log_end(run: RunDir) -> str:
+    if not run.log_file.exists():
+        return ""
+    lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return shown("\n".join(lines[-LOG_LINES:]), 20_000)

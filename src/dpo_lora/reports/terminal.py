@@ -1,0 +1,90 @@
+"""Evaluations and comparisons as tables in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def show_scores(console: Console, name: str, found: dict[str, Any], longer: dict[str, Any], level: str) -> None:
+    """The figures of one evaluation, its baselines and its groups."""
+    table = _table(name, "", "", f"{level} interval")
+    table.add_row("accuracy", f"{found['accuracy']:.4f}", _interval(found["accuracy_interval"]))
+    table.add_row("  bootstrap by prompt", "", _interval(found["accuracy_bootstrap"]))
+    table.add_row(
+        "  length-controlled",
+        _number(found["accuracy_length_controlled"]),
+        _interval(found["accuracy_length_controlled_bootstrap"]),
+    )
+    table.add_row("always the longer answer", f"{longer['longer_wins']:.4f}", _interval(longer["longer_wins_interval"]))
+    table.add_row("margin", f"{found['margin']:+.4f}", _interval(found["margin_interval"]))
+    table.add_row("reward of preferred / other", f"{found['reward_chosen']:+.4f} / {found['reward_rejected']:+.4f}", "")
+    table.add_row("loss", f"{found['loss']:.4f}", "")
+    table.add_row("calibration error", f"{found['calibration_error']:.4f}", "")
+    for group in [*found["by_topic"], *found["by_length"]]:
+        label = f"{escape(group['name'])} ({group['pairs']})"
+        table.add_row(label, f"{group['accuracy']:.4f}", _interval(group["accuracy_interval"]))
+    console.print(table)
+    console.print(f"{found['pairs']} pairs of {found['prompts']} prompts, {found['ties']} ties")
+
+
+def show_comparison(console: Console, first: str, second: str, found: dict[str, Any]) -> None:
+    """One comparison, ending in a plain sentence."""
+    level = f"{100 * found['confidence']:.3g} %"
+    table = _table(f"{second} against {first}", "", "", f"{level} interval")
+    table.add_row("accuracy of the first", f"{found['accuracy_first']:.4f}", "")
+    table.add_row("accuracy of the second", f"{found['accuracy_second']:.4f}", "")
+    table.add_row("difference", f"{found['difference']:+.4f}", _interval(found["difference_interval"]))
+    table.add_row(
+        "margin, nats", f"{found['margin_difference_nats']:+.4f}", _interval(found["margin_difference_nats_interval"])
+    )
+    table.add_row("pairs only the second / first wins", f"{found['second_ahead']} / {found['first_ahead']}", "")
+    table.add_row("McNemar, exact p", f"{found['mcnemar_p']:.4g}", "")
+    for topic in found["by_topic"]:
+        label = f"  {escape(topic['name'])} ({topic['pairs']})"
+        table.add_row(label, f"{topic['second_ahead']} / {topic['first_ahead']}", "")
+    console.print(table)
+    console.print(verdict(found))
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """The comparison in a sentence."""
+    if found["distinguishable"]:
+        better = "second" if found["difference"] > 0 else "first"
+        return f"The {better} is better on these {found['pairs']} pairs, beyond chance."
+    if found["pairs_needed"] is None:
+        return f"No difference on {found['pairs']} pairs: they cannot be told apart."
+    return (
+        f"{found['pairs']} pairs cannot tell them apart. If the difference of {found['difference']:+.4f} is the truth, "
+        f"about {found['pairs_needed']} pairs tell it four times in five."
+    )
+
+
+def show_settings(console: Console, runs: list[str], rows: dict[str, list[str]]) -> None:
+    """The settings on which runs differ."""
+    if not rows:
+        console.print("The runs have the same settings.")
+        return
+    table = _table("Settings that differ", "", *map(escape, runs))
+    for name, values in rows.items():
+        table.add_row(name, *map(escape, values))
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _interval(bounds: list[float | None]) -> str:
+    low, high = bounds
+    return "" if low is None or high is None else f"{low:.4f} to {high:.4f}"

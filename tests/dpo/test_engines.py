@@ -1,0 +1,167 @@
+"""The packed engine and the reference cache under the real command line: faster, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, CommandLine, dpo_lora
+from dpo_lora.files import read_jsonl
+from dpo_lora.rundir import RunDir
+
+FAST = ["train.learning_rate=1e-2"]
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter_model.safetensors")
+
+
+def assert_close(a: Path, b: Path) -> None:
+    left, right = adapter(a), adapter(b)
+    for name, weight in left.items():
+        torch.testing.assert_close(right[name], weight, rtol=1e-3, atol=2e-5)
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    left, right = adapter(a), adapter(b)
+    assert left
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row]
+
+
+def test_packed_and_stock_train_the_same_adapter(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    packed = cli("train", *tiny_overrides, *FAST, "train.engine=packed").run
+    stock = cli("train", *tiny_overrides, *FAST, "train.engine=stock").run
+    facts = RunDir(packed).manifest()["engine"]
+    assert facts["engine"] == "packed"
+    assert facts["probe_difference"] < 2e-5
+    assert RunDir(stock).manifest()["engine"]["engine"] == "stock"
+    assert losses(packed) == pytest.approx(losses(stock), rel=1e-4)
+    assert_close(packed, stock)
+
+
+@pytest.mark.parametrize("cut", ["train.tokens_per_batch=1", "train.tokens_per_batch=150", "train.micro_batch=1"])
+def test_the_cut_does_not_change_the_result(cli: CommandLine, tiny_overrides: list[str], cut: str) -> None:
+    words = [w for w in tiny_overrides if not w.startswith("train.micro_batch")]
+    whole = cli("train", *words, *FAST, "train.tokens_per_batch=100000").run
+    assert_close(whole, cli("train", *words, *FAST, cut).run)
+
+
+def test_a_second_run_asks_the_reference_nothing(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    """Another rank, beta and learning rate on the same data and base: every log-probability is found."""
+    first = RunDir(cli("train", *tiny_overrides).run).manifest()["engine"]["reference_cache"]
+    assert first == {"pairs_found": 0, "pairs_computed": 40}
+    again = cli("train", *tiny_overrides, "lora.r=4", "dpo.beta=0.3", "dpo=ipo", "seed=3", *FAST).run
+    assert RunDir(again).manifest()["engine"]["reference_cache"] == {"pairs_found": 40, "pairs_computed": 0}
+
+
+def test_warm_cold_and_no_cache_give_one_result(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    cold = cli("train", *tiny_overrides, *FAST, "dpo.ld_alpha=0.5").run
+    warm = cli("train", *tiny_overrides, *FAST, "dpo.ld_alpha=0.5").run
+    off = cli("train", *tiny_overrides, *FAST, "dpo.ld_alpha=0.5", "train.reference_cache=false").run
+    assert_same_bits(cold, warm)
+    assert RunDir(off).manifest()["engine"]["reference_cache"] is None
+    assert_close(cold, off)
+
+
+def test_dropout_draws_the_same_with_a_warm_and_a_cold_cache(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    words = [*tiny_overrides, *FAST, "lora.dropout=0.2"]
+    assert_same_bits(cli("train", *words).run, cli("train", *words).run)
+
+
+def test_a_parents_reference_is_not_the_bases(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    first = cli("train", *tiny_overrides, *FAST).run
+    second = cli("train", *tiny_overrides, f"parent={first}").run
+    facts = RunDir(second).manifest()["engine"]["reference_cache"]
+    assert facts == {"pairs_found": 0, "pairs_computed": 40}
+
+
+def test_a_broken_cache_file_is_noticed_and_built_again(
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    first = cli("train", *tiny_overrides, *FAST).run
+    files = list((tmp_path / "cache" / "reference").glob("*/*.safetensors"))
+    assert files
+    for file in files:
+        bits = bytearray(file.read_bytes())
+        bits[len(bits) // 2] ^= 1
+        file.write_bytes(bits)
+    outcome = cli("cache", "verify")
+    assert outcome.code == 1
+    assert outcome.out.count("broken, set aside: ") == len(files)
+    second = cli("train", *tiny_overrides, *FAST).run
+    assert RunDir(second).manifest()["engine"]["reference_cache"]["pairs_computed"] == 40
+    assert_same_bits(first, second)
+    assert cli("cache", "verify").code == 0
+
+
+def test_cache_entries_are_listed_and_removed(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    assert cli("train", *tiny_overrides).code == 0
+    entry = cli("cache", "ls").out.split()[0]
+    outcome = cli("cache", "rm", "no-such-entry")
+    assert outcome.code == 2
+    assert "no-such-entry" in outcome.err
+    assert cli("cache", "rm", entry).code == 0
+    assert cli("cache", "ls").out == ""
+
+
+def test_two_runs_started_together_share_one_cache(tiny_overrides: list[str], tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "dpo_lora", "train", *tiny_overrides, *FAST]
+    runs = [tmp_path / "a", tmp_path / "b"]
+    environment = {**os.environ, "DPO_LORA_CACHE": str(tmp_path / "cache")}
+    started = [subprocess.Popen([*words, f"run_dir={run}"], env=environment, stderr=subprocess.PIPE) for run in runs]
+    for process in started:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    assert_same_bits(*runs)
+    done = dpo_lora("cache", "verify", DPO_LORA_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_model_that_cannot_be_packed_takes_the_stock_path_and_says_why(
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = tmp_path / "sliding"
+    shutil.copytree(next(w for w in tiny_overrides if w.startswith("model.name=")).partition("=")[2], folder)
+    config = MistralConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    MistralForCausalLM(config).save_pretrained(folder)
+    words = [w for w in tiny_overrides if not w.startswith("model.name=")]
+    outcome = cli("train", *words, f"model.name={folder}")
+    facts = RunDir(outcome.run).manifest()["engine"]
+    assert facts["engine"] == "stock"
+    assert "sliding window of 8" in facts["why_stock"]
+    assert "sliding window of 8" in outcome.err
+    refused = cli("train", *words, f"model.name={folder}", "train.engine=packed")
+    assert refused.code == 2
+    assert "sliding window of 8" in refused.err
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in (ROOT / "conf" / "dpo").glob("*.yaml")))
+def test_every_loss_preset_trains_the_same_packed_and_stock(
+    cli: CommandLine, tiny_overrides: list[str], preset: str
+) -> None:
+    words = [*tiny_overrides, f"dpo={preset}", "train.max_steps=2", "train.warmup=0", "eval.before=false", *FAST]
+    packed = cli("train", *words, "train.engine=packed").run
+    stock = cli("train", *words, "train.engine=stock").run
+    assert losses(packed) == pytest.approx(losses(stock), rel=1e-3, abs=1e-5)

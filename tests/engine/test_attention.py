@@ -1,0 +1,128 @@
+"""Every kernel computes the masked attention of the pair layout, forward and backward; also the GPU key
+gathering."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.engine import worlds
+
+from dpo_lora.engine.attention import KERNELS
+from dpo_lora.engine.packing import PairPlan, plan_pairs
+from dpo_lora.engine.varlen_attention import (
+    call_for,
+    emulated_flash,
+    run_segments,
+    segments_of,
+    visible_pairs,
+)
+
+
+def plan_of(*segments: tuple[int, int, int]) -> PairPlan:
+    """A plan with the given (shared, chosen, rejected) counts; token ids only make the branches differ."""
+    rows = []
+    for shared, chosen, rejected in segments:
+        prefix = [3] * shared
+        rows.append(((prefix + [4] * (chosen + 1), shared), (prefix + [5] * (rejected + 1), shared)))
+    plan = plan_pairs(rows)
+    assert plan.segments == segments
+    return plan
+
+
+PLANS = [((5, 3, 4),), ((0, 4, 2), (7, 1, 1)), ((1, 5, 0), (4, 0, 3)), ((150, 70, 90), (3, 130, 2))]
+
+
+def dense(q, k, v, plan, scale, softcap):
+    """The definition: one [T, T] mask over the whole row."""
+    pair, branch = visible_pairs(plan)
+    t = torch.arange(plan.tokens)
+    own = (branch[None] == 0) | (branch[None] == branch[:, None])
+    visible = (pair[None] == pair[:, None]) & own & (t[None] <= t[:, None])
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+def inputs(plan, heads=4, key_heads=2):
+    torch.manual_seed(0)
+    shapes = ((1, h, plan.tokens, 8) for h in (heads, key_heads, key_heads))
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+@pytest.mark.parametrize("segments", PLANS, ids=str)
+@pytest.mark.parametrize("kernel, softcap", [("sdpa", None), ("block", None), ("block", 2.0)])
+def test_forward_and_backward(kernel, softcap, segments):
+    plan = plan_of(*segments)
+    results = []
+    for run in (KERNELS[kernel], dense):
+        tensors = inputs(plan)
+        out = run(*tensors, plan, 0.3, softcap)
+        torch.manual_seed(1)
+        out.backward(torch.randn(out.shape, dtype=out.dtype))
+        results.append([out, *(x.grad for x in tensors)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("segments", PLANS, ids=str)
+def test_flex_block_mask(segments):
+    plan = plan_of(*segments)
+    tensors = [x.detach().float() for x in inputs(plan)]
+    for softcap in (None, 2.0):
+        out = KERNELS["flex"](*tensors, plan, 0.3, softcap)
+        assert torch.allclose(out, dense(*tensors, plan, 0.3, softcap), atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", PLANS, ids=str)
+def test_varlen_key_gathering(segments):
+    """The flash kernel itself needs CUDA; its arguments are proven by a plain emulation of what it
+    computes."""
+    plan = plan_of(*segments)
+    results = []
+    for gathered in (True, False):
+        tensors = inputs(plan)
+        if gathered:
+            out = run_segments(*tensors, segments_of(plan), 0.3, emulated_flash)
+        else:
+            out = dense(*tensors, plan, 0.3, None)
+        torch.manual_seed(1)
+        out.backward(torch.randn(out.shape, dtype=out.dtype))
+        results.append([out, *(x.grad for x in tensors)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.allclose(ours, expected, atol=1e-12)
+
+
+def test_varlen_segments_match_torch_rules():
+    s = segments_of(plan_of((5, 3, 4), (0, 4, 2)))
+    assert s.cu_q.tolist() == [0, 8, 12, 16, 18]
+    assert s.cu_k.tolist() == [0, 8, 17, 21, 23]
+    assert s.cu_q.dtype == s.cu_k.dtype == torch.int32 and (s.max_q, s.max_k) == (8, 9)
+    assert s.key_rows.tolist() == [*range(8), *range(5), *range(8, 12), *range(12, 16), 16, 17]
+
+
+def test_older_varlen_signatures_compute_the_same():
+    q, k, v = (x[0].transpose(0, 1) for x in inputs(plan_of((5, 3, 4))))
+    q1, k1, v1, options = call_for(frozenset({"window_size", "scale", "enable_gqa"}), q, k, v, 0.3)
+    assert options == {"window_size": (-1, 0), "scale": 0.3, "enable_gqa": True} and q1 is q and k1 is k
+    q2, k2, v2, options = call_for(frozenset({"is_causal"}), q, k, v, 0.3)
+    assert options == {"is_causal": True}
+    s = segments_of(plan_of((5, 3, 4)))
+    runs = [
+        emulated_flash(a, b[s.key_rows], c[s.key_rows], s, x) for a, b, c, x in ((q1, k1, v1, 0.3), (q2, k2, v2, None))
+    ]
+    assert torch.allclose(*runs, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs CUDA")
+@pytest.mark.parametrize("segments", PLANS, ids=str)
+def test_varlen_on_cuda(segments):
+    plan = plan_of(*segments).to("cuda")
+    tensors = [x.detach().cuda() for x in inputs(plan)]
+    expected = dense(*(x.cpu() for x in tensors), plan_of(*segments), 0.3, None)
+    half = [x.bfloat16() for x in tensors]
+    if half[0].shape[-1] % 8 == 0:
+        out = KERNELS["varlen"](*half, plan, 0.3, None)
+        assert worlds.close(out.cpu(), expected) < 2e-2

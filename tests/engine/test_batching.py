@@ -1,0 +1,141 @@
+"""Cuts are complete, within budget, deterministic; the step's gradient does not depend on them; memory is
+found."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tests.engine import worlds
+
+from dpo_lora.engine.batching import TokenBudget, cut, pair_tokens, separable, why_inseparable
+from dpo_lora.engine.forward import PackedForward
+
+
+def test_cut_keeps_every_pair_once_within_the_budget():
+    rng = random.Random(0)
+    for _ in range(200):
+        sizes = [rng.randrange(1, 300) for _ in range(rng.randrange(1, 20))]
+        budget = rng.randrange(1, 1500)
+        batches = cut(sizes, budget)
+        assert sorted(i for b in batches for i in b.pairs) == list(range(len(sizes)))
+        assert sum(b.share for b in batches) == pytest.approx(1)
+        assert all(b.tokens == sum(sizes[i] for i in b.pairs) for b in batches)
+        assert all(b.tokens <= budget or len(b.pairs) == 1 for b in batches)
+        assert cut(sizes, budget) == batches
+
+
+def test_cut_is_even():
+    assert sorted(b.tokens for b in cut([10] * 8, 45)) == [40, 40]
+    assert [b.tokens for b in cut([10] * 8, None)] == [80]
+    assert len(cut([10] * 8, 5)) == 8
+    assert len(cut([10] * 8, 5, whole=True)) == 1
+
+
+def test_which_losses_look_across_pairs():
+    assert separable(["sigmoid", "ipo"])
+    assert why_inseparable(["sigmoid"]) is None
+    for loss in ("aot", "aot_unpaired", "sft"):
+        assert not separable(["sigmoid", loss])
+        assert loss in why_inseparable([loss])
+    assert not separable(["sigmoid"], router_aux_loss=True)
+
+
+@pytest.mark.parametrize("budget", [None, 90, 60, 20])
+def test_gradient_does_not_depend_on_the_cut(budget, tmp_path):
+    rows = worlds.pairs(6)
+    trainer = worlds.trainer(worlds.model(), rows, tmp_path)
+    batch = trainer.data_collator(rows)
+    stock = trainer._compute_loss(trainer.model, batch, False)
+    stock.backward()
+    expected = worlds.gradients(trainer.model)
+    PackedForward(trainer.model).install()
+    total = 0.0
+    for micro in cut([pair_tokens(row) for row in rows], budget):
+        batch = trainer.data_collator([rows[i] for i in micro.pairs])
+        loss = trainer._compute_loss(trainer.model, batch, False) * micro.share
+        loss.backward()
+        total += loss.detach()
+    assert worlds.close(total, stock.detach()) < 1e-5
+    assert worlds.close(worlds.gradients(trainer.model), expected) < 1e-5
+
+
+LOSSES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "bco_pair",
+    "aot",
+    "aot_unpaired",
+    "sft",
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_separable_is_true_to_trl(loss, tmp_path):
+    """The table is checked against TRL's code: the mean over parts equals the mean over all, or it does
+    not."""
+    rows = worlds.pairs(6)
+    smoothing = 0.1 if loss in ("exo_pair", "robust") else 0.0
+    trainer = worlds.trainer(worlds.model(), rows, tmp_path, 0.02, loss_type=loss, label_smoothing=smoothing, beta=0.05)
+    # a reference whose log-ratios have another order than the policy's: sorting losses then pair them
+    # differently
+    reference = trainer.compute_ref_log_probs(trainer.model, trainer.data_collator(rows))
+    trainer.precompute_ref_logps = True
+    noise = [[20, -30, 10, 40, -25, 0], [-10, 30, 20, -40, 15, 35]]
+    for i, row in enumerate(rows):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = (
+            float(side[i]) + n[i] for side, n in zip(reference, noise, strict=True)
+        )
+
+    def loss_of(part):
+        with torch.no_grad():
+            return trainer._compute_loss(trainer.model, trainer.data_collator(part), False)
+
+    same = worlds.close((loss_of(rows[:2]) + 2 * loss_of(rows[2:])) / 3, loss_of(rows)) < 1e-5
+    assert same == separable([loss])
+
+
+def test_budget_halves_without_losing_the_step():
+    budget = TokenBudget(start=400, ceiling=400)
+    seen, resets = [], []
+
+    def step(batches):
+        seen.append(len(batches))
+        if max(b.tokens for b in batches) > 100:
+            raise torch.OutOfMemoryError("no")
+        return sum(len(b.pairs) for b in batches)
+
+    assert budget.run([50] * 8, step, lambda: resets.append(1)) == 8
+    assert seen == [1, 2, 4] and len(resets) == 2 and budget.tokens == 100
+    for _ in range(5):
+        budget.run([50] * 8, step, lambda: None)
+    assert budget.tokens == 100, "grew back to what failed"
+
+
+def test_budget_grows_to_its_ceiling_and_reports_the_impossible():
+    budget = TokenBudget(start=100, ceiling=350, patience=1)
+    for _ in range(5):
+        budget.run([50] * 8, len, lambda: None)
+    assert budget.tokens == 200
+
+    def never(batches):
+        raise torch.OutOfMemoryError("no")
+
+    with pytest.raises(ValueError, match="does not fit"):
+        budget.run([50] * 8, never, lambda: None)
+
+    def broken(batches):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        budget.run([50] * 8, broken, lambda: None)

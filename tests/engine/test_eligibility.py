@@ -1,0 +1,92 @@
+"""Facts refuse what cannot be packed with one line; the probe proves the rest and catches a wrong packed
+pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from tests.engine import worlds
+
+from dpo_lora.engine import attention
+from dpo_lora.engine.eligibility import judge, probe, read_facts
+
+
+def judged(base, tmp_path, longest=30, **engine):
+    rows = worlds.pairs(2)
+    trainer = worlds.trainer(base, rows, tmp_path)
+    return judge(trainer.model, trainer.data_collator(rows), longest, **engine)
+
+
+@pytest.mark.parametrize("name", sorted(worlds.configs()))
+def test_known_architectures_are_eligible(name, tmp_path):
+    verdict = judged(worlds.model(name), tmp_path)
+    assert verdict.eligible, verdict.reason
+    assert verdict.difference < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
+def test_a_window_smaller_than_the_data_is_refused(name):
+    base = worlds.model(name, sliding_window=16)
+    assert read_facts(base, longest=16) is None
+    assert "sliding window of 16" in read_facts(base, longest=17)
+    assert "unknown" in read_facts(base, longest=None)
+
+
+@pytest.mark.parametrize(
+    "config, word",
+    [
+        (
+            tf.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=20),
+            "encoder-decoder",
+        ),
+        (tf.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20), "recurrent"),
+        (tf.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=20), "interface"),
+    ],
+)
+def test_other_architectures_are_refused_in_one_line(config, word):
+    cls = tf.T5ForConditionalGeneration if config.model_type == "t5" else None
+    base = cls(config) if cls else tf.AutoModelForCausalLM.from_config(config)
+    reason = read_facts(base, 10)
+    assert word in reason and "\n" not in reason
+
+
+def test_probe_catches_a_wrong_kernel(tmp_path, monkeypatch):
+    right = attention.KERNELS["block"]
+
+    def leaky(query, key, value, plan, scale, softcap):
+        return right(query, key, value, plan, scale * 1.01, softcap)
+
+    monkeypatch.setitem(attention.KERNELS, "block", leaky)
+    verdict = judged(worlds.model(), tmp_path, layers="plain")
+    assert not verdict.eligible and "differ by" in verdict.reason
+
+
+def test_probe_says_when_the_packed_pass_fails(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(attention.KERNELS, "block", broken)
+    verdict = judged(worlds.model("qwen3"), tmp_path)
+    assert not verdict.eligible and "no kernel image" in verdict.reason
+
+
+def test_probe_leaves_no_trace(tmp_path):
+    rows = worlds.pairs(2)
+    trainer = worlds.trainer(worlds.model("gpt2"), rows, tmp_path)
+    base = trainer.model.get_base_model()
+    before, state = base.config._attn_implementation, torch.get_rng_state()
+    probe(trainer.model, trainer.data_collator(rows))
+    assert base.config._attn_implementation == before and trainer.model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_generation_works_while_attached(tmp_path):
+    from dpo_lora.engine.forward import PackedForward
+
+    base = worlds.model().eval()
+    prompt = torch.tensor([[5, 6, 7]])
+    expected = base.generate(prompt, max_new_tokens=5, do_sample=False)
+    packed = PackedForward(base)
+    packed.install()
+    assert torch.equal(base.generate(prompt, max_new_tokens=5, do_sample=False), expected)

@@ -1,0 +1,93 @@
+"""Packed training computes what stock TRL computes: loss, metrics, gradients, for every loss and option."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.engine import worlds
+
+from dpo_lora.engine.decoder import read_layers
+from dpo_lora.engine.forward import PackedForward
+
+LOSSES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+OPTIONS = [{"loss_type": loss, "label_smoothing": 0.1 if loss in ("exo_pair", "robust") else 0.0} for loss in LOSSES]
+# discopop weighs exp(-logits) against itself at a temperature of 0.05; small logits keep its gradient well
+# conditioned
+next(o for o in OPTIONS if o["loss_type"] == "discopop")["beta"] = 0.01
+OPTIONS += [
+    {"f_divergence_type": "forward_kl"},
+    {"f_divergence_type": "js_divergence"},
+    {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+    {"ld_alpha": 0.5},
+    {"use_weighting": True},
+    {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+    {"max_length": 9},
+    {"max_length": 9, "truncation_mode": "keep_end"},
+    {"gradient_checkpointing": True},
+    {"pad_to_multiple_of": 8},
+]
+
+
+def losses(trainer, batch, model):
+    trainer._metrics["train"].clear()
+    loss = trainer._compute_loss(model, batch, False)
+    loss.backward()
+    metrics = {k: v[-1] for k, v in trainer._metrics["train"].items() if k != "num_tokens"}
+    return loss.detach(), worlds.gradients(trainer.model), metrics
+
+
+def compare(base, rows, tmp_path, engine=None, **options):
+    trainer = worlds.trainer(base, rows, tmp_path, **options)
+    batch = trainer.data_collator(rows)
+    stock = losses(trainer, batch, trainer.model)
+    statistics = ("entropy", "mean_logits", "is_top1") + (("log_sum_sq_probs",) if trainer.use_weighting else ())
+    packed = PackedForward(trainer.model, statistics=statistics, **(engine or {}))
+    packed.install()  # so that TRL's reference pass, which calls self.model, is packed too
+    ours = losses(trainer, batch, trainer.model)
+    packed.detach()
+    assert worlds.close(ours[0], stock[0]) < 1e-5
+    assert worlds.close(ours[1], stock[1]) < 1e-5
+    for name, value in stock[2].items():
+        assert ours[2][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert set(ours[2]) == set(stock[2])
+    again = losses(trainer, batch, trainer.model)
+    assert torch.equal(again[0], stock[0]), "detach did not give the model back"
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{v}" for v in o.values()))
+def test_every_loss_and_option(options, tmp_path):
+    compare(worlds.model("llama"), worlds.pairs(5), tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", sorted(worlds.configs()))
+def test_every_architecture(name, tmp_path):
+    compare(worlds.model(name), worlds.pairs(4), tmp_path)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "block"])
+def test_every_kernel(kernel, tmp_path):
+    compare(worlds.model("qwen3"), worlds.pairs(4), tmp_path, engine={"kernel": kernel, "layers": "plain"})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("engine", [{"layers": "plain"}, {"recompute": True}], ids=str)
+def test_layers_by_hand_and_plain(name, engine, tmp_path):
+    base = worlds.model(name)
+    assert read_layers(base.base_model.requires_grad_(False)) is not None
+    compare(base, worlds.pairs(4), tmp_path, engine=engine)
