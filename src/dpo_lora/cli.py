@@ -190,16 +190,16 @@ def compare(
 
 @app.command()
 def report(
-    target: Annotated[str, typer.Argument(help="A run, or a folder of runs such as 'outputs'.")] = "latest",
+    target: Annotated[str, typer.Argument(help="A run, a sweep, or a folder of runs such as 'outputs'.")] = "latest",
     outputs: Outputs = Path("outputs"),
 ) -> None:
-    """Write a run's report.html, or the index.html of a folder of runs; prints its path."""
+    """Write a run's or a sweep's report.html, or the index.html of a folder of runs; prints its path."""
     from dpo_lora import rundir
-    from dpo_lora.reports import index
+    from dpo_lora.reports import index, sweep
     from dpo_lora.reports import report as room
 
     if Path(target).is_dir() and not (Path(target) / "run.json").is_file():
-        typer.echo(index.write(Path(target)))
+        typer.echo(sweep.write(Path(target)) if (Path(target) / "sweep.json").is_file() else index.write(Path(target)))
         return
     found = rundir.find(target, outputs)
     room.write(found)

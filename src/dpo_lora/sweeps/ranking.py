@@ -1,7 +1,8 @@
 """Which setting is best, and which cannot be told from it.
 
 Two kinds of noise stand between a held-out score and a setting's worth: which pairs happen to be
-held out, and the seed. Their half-widths are added in quadrature, which overstates a little where
+held out, and the seed. The seed's is pooled over all settings that ran with several, as if it were
+the same for all: two seeds of one setting alone would say next to nothing. The half-widths are added in quadrature, which overstates a little where
 they overlap. Settings are compared pair by pair, on the same held-out pairs and the same seeds: most
 of the noise is common to both and drops out. The intervals of the comparisons against the best are
 widened for their number (Bonferroni), since the best of many is partly luck.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist, fmean, stdev
 
@@ -20,6 +22,28 @@ from dpo_lora.files import read_jsonl
 from dpo_lora.sweeps.trial import Trial
 
 Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """Spread of the objective between seeds of one setting, pooled over settings."""
+
+    deviation: float
+    freedom: int  # 0: no setting ran with several seeds
+
+    @classmethod
+    def pooled(cls, groups: Iterable[list[float]]) -> SeedNoise:
+        several = [values for values in groups if len(values) > 1]
+        freedom = sum(len(values) - 1 for values in several)
+        squares = sum((len(values) - 1) * stdev(values) ** 2 for values in several)
+        return cls(math.sqrt(squares / freedom) if freedom else 0.0, freedom)
+
+    def half_width(self, counts: Sequence[int], confidence: float) -> list[float]:
+        """Of a mean over ``counts[0]`` seeds, or of the difference of two means; empty where nothing is known."""
+        if not self.freedom:
+            return []
+        error = self.deviation * math.sqrt(sum(1 / count for count in counts))
+        return [t_quantile(0.5 + confidence / 2, self.freedom) * error]
 
 
 @dataclass
@@ -70,17 +94,19 @@ def rank(scores: list[Score], objective: str, confidence: float) -> list[Ranked]
     for one in scores:
         groups.setdefault(one.trial.setting, []).append(one)
     sign = 1.0 if objectives.DIRECTIONS[objective] == objectives.MAXIMIZE else -1.0
-    ranked = {name: _ranked(group, objective, confidence) for name, group in groups.items()}
+    noise = SeedNoise.pooled([one.figures[objective] for one in group] for group in groups.values())
+    ranked = {name: _ranked(group, objective, noise, confidence) for name, group in groups.items()}
     # Ties are broken by the margin, then by name, so that equal sweeps rank equally.
     order = sorted(ranked, key=lambda name: (-sign * ranked[name].value, -_margin(groups[name]), name))
     for name in order[1:]:
-        _compare(ranked[name], groups[order[0]], groups[name], objective, sign, 1 - (1 - confidence) / (len(order) - 1))
+        widened = 1 - (1 - confidence) / (len(order) - 1)
+        _compare(ranked[name], groups[order[0]], groups[name], objective, sign, noise, widened)
     if order:
         ranked[order[0]].distinguishable = False
     return [ranked[name] for name in order]
 
 
-def _ranked(group: list[Score], objective: str, confidence: float) -> Ranked:
+def _ranked(group: list[Score], objective: str, noise: SeedNoise, confidence: float) -> Ranked:
     values = [one.figures[objective] for one in group]
     mean = fmean(values)
     return Ranked(
@@ -89,14 +115,16 @@ def _ranked(group: list[Score], objective: str, confidence: float) -> Ranked:
         [one.trial.id for one in group],
         sorted(one.trial.seed for one in group),
         mean,
-        _interval(group, objective, mean, confidence),
+        _interval(group, objective, mean, noise, confidence),
     )
 
 
-def _interval(group: list[Score], objective: str, mean: float, confidence: float) -> Interval | None:
+def _interval(
+    group: list[Score], objective: str, mean: float, noise: SeedNoise, confidence: float
+) -> Interval | None:
     """Below and above apart: an interval of a share is not symmetric."""
     values = [one.figures[objective] for one in group]
-    seeds = [seed_half_width(values, confidence)] if len(values) > 1 else []
+    seeds = noise.half_width([len(values)], confidence)
     bounds = [(v - one.interval[0], one.interval[1] - v) for v, one in zip(values, group, strict=True) if one.interval]
     if not bounds and not seeds:
         return None
@@ -105,13 +133,14 @@ def _interval(group: list[Score], objective: str, mean: float, confidence: float
     return (max(0.0, low), min(1.0, high)) if objective == "accuracy" else (low, high)
 
 
-def seed_half_width(values: list[float], confidence: float) -> float:
-    """Half of Student's interval of the mean of two or more values."""
-    return t_quantile(0.5 + confidence / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-
-
 def _compare(
-    other: Ranked, best_group: list[Score], group: list[Score], objective: str, sign: float, confidence: float
+    other: Ranked,
+    best_group: list[Score],
+    group: list[Score],
+    objective: str,
+    sign: float,
+    noise: SeedNoise,
+    confidence: float,
 ) -> None:
     best_by_seed = {one.trial.seed: one for one in best_group}
     matched = [(best_by_seed[one.trial.seed], one) for one in group if one.trial.seed in best_by_seed]
@@ -133,8 +162,7 @@ def _compare(
         for side in (best_group, group):
             halves = [(one.interval[1] - one.interval[0]) / 2 for one in side if one.interval]
             parts += [fmean(halves) * z / usual] if halves else []
-    if len(per_seed) > 1:
-        parts.append(seed_half_width(per_seed, confidence))
+    parts += noise.half_width([len(best_group), len(group)], confidence)
     if parts:
         half = math.hypot(*parts)
         other.behind_interval = (other.behind - half, other.behind + half)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import os
 from collections import Counter
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from dpo_lora.sweeps.trial import Trial, read_all
 # Columns of trials.csv between the varied settings and the figures.
 _FIGURES = (
     "accuracy", "accuracy_low", "accuracy_high", "margin", "loss", "steps", "pairs", "tokens",
-    "tokens_per_second", "peak_memory_bytes", "seconds",
+    "tokens_per_second", "peak_memory_bytes", "seconds", "accuracy_length_controlled", "brier", "calibration_error",
 )  # fmt: skip
 
 
@@ -77,15 +78,13 @@ def row(trial: Trial, *, live: bool) -> dict[str, Any]:
 
 def figures(trial: Trial) -> dict[str, Any]:
     """Scores and costs of a finished trial."""
-    import json
-
     run = trial.run
     after = json.loads(run.eval_file.read_text(encoding="utf-8"))["after"]
     manifest = run.manifest()
     low, high = after["accuracy_interval"]
     known = {**after, **manifest["training"], "accuracy_low": low, "accuracy_high": high}
     known["seconds"] = manifest["timings"]["total_seconds"]
-    return {name: known[name] for name in _FIGURES}
+    return {name: known[name] for name in _FIGURES if name in known}
 
 
 def progress(trial: Trial) -> dict[str, Any]:

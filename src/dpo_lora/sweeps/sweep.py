@@ -157,7 +157,10 @@ class Sweep:
         0: every trial has finished or was pruned. Else the number of failed trials, at most 100; for
         a sweep that was stopped, 128 and the signal's number.
         """
+        from dpo_lora.reports import sweep as report
+
         facts = self.summarise()
+        report.write(self.directory.path)
         console = table.terminal()
         if facts["ranking"]:
             console.print()
