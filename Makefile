@@ -28,7 +28,7 @@ train: $(STAMP)  ## train an adapter on this machine (add overrides with ARGS='d
 	$(BIN)/dpo-lora train $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not gpu and not cluster' $(ARGS)
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

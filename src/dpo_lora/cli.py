@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dpo_lora import __version__
+from dpo_lora.cli_cache import cache
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import record_command
 
-if TYPE_CHECKING:
-    from dpo_lora.engine.reference_cache import ReferenceCache
+_LAUNCHER = ("hydra/launcher=", "hydra.launcher.")  # a plan runs on none
 
 app = typer.Typer(
     name="dpo-lora",
@@ -27,6 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(cache, name="cache")
+
 Run = Annotated[str, typer.Argument(help="A run's directory, its name in the outputs folder, or 'latest'.")]
 Outputs = Annotated[Path, typer.Option(help="Folder that runs are written into.")]
 
@@ -35,6 +36,12 @@ Outputs = Annotated[Path, typer.Option(help="Folder that runs are written into."
 def train() -> None:
     """Train an adapter: dpo-lora train [GROUP=PRESET] [NAME=VALUE] [-m]. Its own --help lists every setting."""
     raise AssertionError("main() hands 'train' to Hydra before the command table is asked")
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan() -> None:
+    """Say what a sweep would do before it starts: dpo-lora plan -m [NAME=VALUE,VALUE ...], as for train."""
+    raise AssertionError("main() hands 'plan' to Hydra before the command table is asked")
 
 
 @app.command()
@@ -59,23 +66,47 @@ def lint(
 
 
 @app.command()
-def resume(run: Run, outputs: Outputs = Path("outputs")) -> None:
-    """Continue an interrupted or failed run from its last whole checkpoint."""
+def resume(
+    run: Run,
+    retry: Annotated[bool, typer.Option("--retry", help="A sweep: run its failed trials again, too.")] = False,
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Continue an interrupted or failed run from its last whole checkpoint, or a sweep where it stopped."""
     from dpo_lora import rundir
     from dpo_lora.settings import from_plain
+    from dpo_lora.sweeps import directory, status
 
+    if run != "latest" and (sweep := directory.find(run, outputs)) is not None:
+        from dpo_lora.train import main as train_main
+
+        train_main(status.command_again(sweep, retry=retry))
+        return
     found = rundir.find(run, outputs)
-    status = found.status()
-    if status == rundir.FINISHED:
+    if found.status() == rundir.FINISHED:
         typer.echo(f"{found.path} has finished; there is nothing to resume.", err=True)
     elif found.is_live():
         raise UserError(f"{found.path} is running now, in another process.")
     else:
         from dpo_lora.train import train as start
 
-        in_sweep = (found.path.parent / "multirun.yaml").is_file()
+        in_sweep = any((found.path.parent / name).is_file() for name in ("sweep.json", "multirun.yaml"))
         start(from_plain(found.settings()), resume=found.path, sweep=found.path.parent if in_sweep else None)
     typer.echo(found.path)
+
+
+@app.command()
+def status(
+    sweep: Annotated[str, typer.Argument(help="A sweep's directory, its name in the outputs folder, or 'latest'.")],
+    outputs: Outputs = Path("outputs"),
+) -> None:
+    """Say how a sweep stands, from any shell: trials, ranking, failures."""
+    from dpo_lora.sweeps import directory
+    from dpo_lora.sweeps import status as room
+
+    found = directory.find(sweep, outputs)
+    if found is None:
+        raise UserError(f"{sweep} is no sweep: it has no sweep.json.")
+    room.show(found)
 
 
 @app.command()
@@ -105,49 +136,6 @@ def _typed() -> Iterator[str]:
         if not question:
             return
         yield question
-
-
-cache = typer.Typer(help="The reference's log-probabilities, kept for all runs.", no_args_is_help=True)
-app.add_typer(cache, name="cache")
-
-
-def _reference_cache() -> ReferenceCache:
-    from dpo_lora.engine.reference_cache import ReferenceCache
-    from dpo_lora.resources import reference_folder
-
-    return ReferenceCache(reference_folder(), max_bytes=0)
-
-
-@cache.command("ls")
-def cache_list() -> None:
-    """List entries, the most recently used first."""
-    store = _reference_cache()
-    typer.echo(f"{store.folder}", err=True)
-    for info in store.list_scopes():
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used))
-        base, data = (info.about.get(name, "?") for name in ("base", "data"))
-        typer.echo(f"{info.scope}  {info.size / 1e6:9.2f} MB  used {used}  {base} on {data}")
-
-
-@cache.command("rm")
-def cache_remove(entry: Annotated[str, typer.Argument(help="An entry's name from 'cache ls', or 'all'.")]) -> None:
-    """Remove an entry; it is computed again when it is next needed."""
-    store = _reference_cache()
-    names = [info.scope for info in store.list_scopes()] if entry == "all" else [entry]
-    for name in names:
-        typer.echo(f"{name}: {store.remove(name)} files removed")
-
-
-@cache.command("verify")
-def cache_verify() -> None:
-    """Check every file against its checksum; a broken one is set aside and computed again when needed."""
-    checked = _reference_cache().verify()
-    broken = [path for path, whole in checked.items() if not whole]
-    for path in broken:
-        typer.echo(f"broken, set aside: {path}")
-    typer.echo(f"{len(checked) - len(broken)} of {len(checked)} files are whole")
-    if broken:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -192,16 +180,16 @@ def judge(
 
 @app.command()
 def report(
-    target: Annotated[str, typer.Argument(help="A run, or a folder of runs such as 'outputs'.")] = "latest",
+    target: Annotated[str, typer.Argument(help="A run, a sweep, or a folder of runs such as 'outputs'.")] = "latest",
     outputs: Outputs = Path("outputs"),
 ) -> None:
-    """Write a run's report.html, or the index.html of a folder of runs; prints its path."""
+    """Write a run's or a sweep's report.html, or the index.html of a folder of runs; prints its path."""
     from dpo_lora import rundir
-    from dpo_lora.reports import index
+    from dpo_lora.reports import index, sweep
     from dpo_lora.reports import report as room
 
     if Path(target).is_dir() and not (Path(target) / "run.json").is_file():
-        typer.echo(index.write(Path(target)))
+        typer.echo(sweep.write(Path(target)) if (Path(target) / "sweep.json").is_file() else index.write(Path(target)))
         return
     found = rundir.find(target, outputs)
     room.write(found)
@@ -221,6 +209,11 @@ def main() -> None:
         from dpo_lora.train import main as train_main
 
         train_main(arguments[1:])
+    elif arguments[:1] == ["plan"]:
+        from dpo_lora.train import main as train_main
+
+        words = [w for w in arguments[1:] if w not in ("-m", "--multirun") and not w.startswith(_LAUNCHER)]
+        train_main([*words, "hydra/launcher=plan", "-m"])
     elif arguments[:1] and arguments[0] in ("-sc", "--shell-completion"):
         _complete(arguments)
     else:

@@ -6,9 +6,10 @@ import math
 
 from dpo_lora.errors import UserError, nearest
 from dpo_lora.evaluation.metrics import HIGHER_IS_BETTER
+from dpo_lora.objectives import DIRECTIONS
 from dpo_lora.preferences.lint.kinds import ROW_KINDS
 from dpo_lora.preferences.parts import parts
-from dpo_lora.schema import DataSource, ModelSource, Quantization, RunSettings
+from dpo_lora.schema import DataSource, ModelSource, Quantization, RunSettings, SweepSettings
 
 # Attention kernels of the packed engine; named here so that a typo answers before torch is imported.
 KERNELS = ("auto", "sdpa", "block", "varlen", "flex")
@@ -20,7 +21,7 @@ def check(run: RunSettings) -> None:
     Raises:
         UserError: naming the first rule that is broken.
     """
-    for rules in (_lora, _dpo, _train, _data, _eval, _model):
+    for rules in (_lora, _dpo, _train, _data, _eval, _model, _sweep):
         rules(run)
 
 
@@ -191,3 +192,20 @@ def _model(run: RunSettings) -> None:
             run.model.quantization.value,
             "the embedded model is small enough as it is; quantise a hub model instead.",
         )
+
+
+def _sweep(run: RunSettings) -> None:
+    check_sweep(run.sweep)
+
+
+def check_sweep(sweep: SweepSettings) -> None:
+    """The rules of how trials are run; a sweep asks before any trial is composed."""
+    _need(sweep.slots is None or sweep.slots >= 1, "sweep.slots", sweep.slots, "at least 1, or null to choose.")
+    _need(sweep.per_gpu >= 1, "sweep.per_gpu", sweep.per_gpu, "at least one trial a GPU.")
+    _need(sweep.repeats >= 1, "sweep.repeats", sweep.repeats, "at least one trial a setting.")
+    _need(sweep.grace >= 0, "sweep.grace", sweep.grace, "seconds, from 0.")
+    limit = sweep.trial_timeout
+    _need(limit is None or limit > 0, "sweep.trial_timeout", limit, "seconds above 0, or null for no limit.")
+    _need(bool(sweep.objectives), "sweep.objectives", sweep.objectives, "name at least one.")
+    for name in sweep.objectives:
+        _need(name in DIRECTIONS, "sweep.objectives", name, f"there are {', '.join(DIRECTIONS)}.")

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dpo_lora.errors import UserError
-from dpo_lora.files import finite, read_jsonl, write_atomic, write_json
+from dpo_lora.files import append_jsonl, read_jsonl, write_atomic, write_json
 
 FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
 
@@ -59,7 +58,7 @@ class RunDir:
         try:
             if path is None:
                 outputs.mkdir(parents=True, exist_ok=True)
-                path = _claim_second(outputs, name)
+                path = claim_second(outputs, name)
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path.resolve())
             run._hold()
@@ -76,7 +75,7 @@ class RunDir:
                 f"Cannot write a run into {path or outputs}: {error.strerror}. "
                 "Choose a writable folder with outputs=FOLDER."
             ) from error
-        run.write_manifest({"status": RUNNING, "started": _now()})
+        run.write_manifest({"status": RUNNING, "started": now()})
         return run
 
     @classmethod
@@ -159,14 +158,6 @@ class RunDir:
         return shutil.disk_usage(self.path).free
 
 
-def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add one line a row, on the disk before this returns; NaN and infinity become null."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def trim_jsonl(path: Path, last_step: int) -> None:
     """Drop the rows past ``last_step``, and a half-written last one; no file stays no file."""
     if not path.exists():
@@ -206,7 +197,8 @@ def runs(outputs: Path) -> list[RunDir]:
     ]
 
 
-def _claim_second(outputs: Path, name: str) -> Path:
+def claim_second(outputs: Path, name: str) -> Path:
+    """A new folder ``outputs/<name>-<unix seconds>``; where that second is taken, the next free one."""
     second = int(time.time())
     while True:
         path = outputs / f"{name}-{second}"
@@ -218,10 +210,11 @@ def _claim_second(outputs: Path, name: str) -> Path:
             return path
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, to the second, as ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def ended(status: str, **facts: Any) -> dict[str, Any]:
     """The manifest's closing entries."""
-    return {"status": status, "ended": _now(), **facts}
+    return {"status": status, "ended": now(), **facts}

@@ -80,6 +80,11 @@ class PlainText(Enum):
     chat = "chat"  # the prompt becomes a user turn, the answers assistant turns
 
 
+class Retry(Enum):
+    none = "none"  # a failed trial stays failed
+    failed = "failed"  # failed trials run again, from their last whole checkpoint
+
+
 @dataclass
 class ModelSettings:
     name: str = MISSING  # hub id, local folder, or the name an embedded model is known by
@@ -202,6 +207,19 @@ class TrackingSettings:
 
 
 @dataclass
+class SweepSettings:
+    """How a sweep is run (-m); nothing here changes what a trial computes."""
+
+    slots: int | None = MISSING  # trials at a time; None: per_gpu for each GPU, or one a CPU core
+    per_gpu: int = MISSING  # trials that share one GPU
+    trial_timeout: float | None = MISSING  # seconds one attempt may take; None: no limit
+    grace: float = MISSING  # seconds a trial gets to write a checkpoint when it is told to stop
+    retry: Retry = MISSING  # what an existing sweep does with its failed trials
+    repeats: int = MISSING  # trials a setting, with seed, seed + 1, ...
+    objectives: list[str] = MISSING  # the first one ranks; a study looks at all
+
+
+@dataclass
 class RunSettings:
     seed: int = MISSING
     outputs: str = MISSING  # folder that runs are written into
@@ -214,3 +232,4 @@ class RunSettings:
     train: TrainSettings = MISSING
     eval: EvalSettings = MISSING
     tracking: TrackingSettings = MISSING
+    sweep: SweepSettings = MISSING

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -32,6 +34,7 @@ def train(
     sweep: Path | None = None,
     overrides: list[str] | None = None,
     resume: Path | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Path:
     """Train one adapter and return its run directory.
 
@@ -40,6 +43,7 @@ def train(
         sweep: the sweep's directory, shared by its trials.
         overrides: the command line's, kept in ``.hydra/``.
         resume: an interrupted run's directory to continue.
+        callbacks: transformers callbacks of whoever started the run: a sweep that may stop it early.
     """
     # torch and transformers take seconds to import; a typo must not wait for them.
     from rich.console import Console
@@ -58,7 +62,7 @@ def train(
         pairs = preferences.load(
             settings.data, base.tokenizer, settings.seed, stop_ids=base.stop_ids, report_file=run.lint_file
         )
-        training = Training(settings, run, machine, base, pairs, adapter, parent, stop, console)
+        training = Training(settings, run, machine, base, pairs, adapter, parent, stop, console, callbacks)
         with tracking.open_tracker(settings.tracking, run, sweep, plain(settings)) as tracker:
             training.execute(tracker)
     if sweep is None:

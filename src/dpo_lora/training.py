@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Training:
     parent: Parent | None
     stop: StopSignal
     console: Console
+    callbacks: Sequence[Any] = ()  # besides the usual ones
     timings: dict[str, float] = field(default_factory=dict)
 
     def execute(self, tracker: Tracker) -> None:
@@ -93,6 +95,7 @@ class Training:
                 BestCheckpoint(record, self.settings.train.patience),
                 MetricsLog(self.run, tracker),
                 ProgressLine(self.console),
+                *self.callbacks,
             ],
         )
 

@@ -15,7 +15,7 @@ import torch
 
 from conftest import CommandLine, make_pair
 from dpo_lora.evaluation.figures import figures
-from dpo_lora.rundir import read_jsonl
+from dpo_lora.files import read_jsonl
 
 sys.path.insert(0, str(Path(__file__).parent))
 import recompute  # the second program; needs no project

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from conftest import CommandLine
+from dpo_lora.files import append_jsonl, write_json
 from dpo_lora.reports import index, report
 from dpo_lora.reports.difference import differing
 from dpo_lora.reports.pages import safe_link
-from dpo_lora.rundir import RunDir, append_jsonl, write_json
+from dpo_lora.rundir import RunDir
 
 HOSTILE = "</style></script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 

@@ -15,7 +15,8 @@ import xxhash
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation.endpoint import Endpoint, NoAnswerError
 from dpo_lora.evaluation.statistics import bootstrap_intervals, weighted_mean
-from dpo_lora.rundir import RunDir, append_jsonl, read_jsonl
+from dpo_lora.files import append_jsonl, read_jsonl
+from dpo_lora.rundir import RunDir
 
 MAX_TOKENS = 16  # of a verdict
 CHARACTERS_A_TOKEN = 4  # for the estimate before the first question

@@ -9,8 +9,8 @@ from dpo_lora.evaluation import figures as room
 from dpo_lora.evaluation.metrics import HIGHER_IS_BETTER
 from dpo_lora.evaluation.scores import PairScores
 from dpo_lora.evaluation.statistics import DRAWS, SEED
-from dpo_lora.files import write_json
-from dpo_lora.rundir import RunDir, append_jsonl, trim_jsonl
+from dpo_lora.files import append_jsonl, write_json
+from dpo_lora.rundir import RunDir, trim_jsonl
 from dpo_lora.schema import RunSettings
 
 

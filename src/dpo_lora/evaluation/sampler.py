@@ -7,7 +7,8 @@ from typing import Any
 
 from dpo_lora.evaluation import samples
 from dpo_lora.evaluation.record import Record
-from dpo_lora.rundir import RunDir, append_jsonl
+from dpo_lora.files import append_jsonl
+from dpo_lora.rundir import RunDir
 from dpo_lora.schema import RunSettings
 from dpo_lora.tracking import Tracker
 

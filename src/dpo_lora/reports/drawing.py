@@ -110,6 +110,68 @@ def intervals(title: str, rows: Sequence[Row], *, unit: str, level: float | None
         return finish(f"{title}: {said}.")
 
 
+def overlay(title: str, lines: Sequence[Line], first: int, *, unit: str, level: float | None = None) -> Drawing | None:
+    """Many lines over steps, one of them (``lines[first]``) in front; None where there is nothing to draw."""
+    shown = [(n, line) for n, line in enumerate(lines) if len(line.x)]
+    if not shown:
+        return None
+    with _axes(title) as (axes, finish):
+        for n, line in shown:
+            front = n == first
+            colour, width, order = (SERIES[0], 1.8, 3) if front else (MUTED, 0.7, 2)
+            axes.plot(
+                _thin(line.x), _thin(line.y), color=colour, linewidth=width, alpha=1 if front else 0.5, zorder=order
+            )
+        if level is not None:
+            axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        ends = "; ".join(f"{line.name} ends at {line.y[-1]:.4g}" for _, line in shown[:8])
+        return finish(f"{title} of {len(shown)} trials, the best in front: {ends}.")
+
+
+def parallel(title: str, names: Sequence[str], rows: Sequence[Sequence[float | str]], first: int) -> Drawing | None:
+    """One line a row across an axis a name, each axis over its own range; row ``first`` in front.
+
+    Args:
+        names: of the axes; text values stand in order of first appearance.
+        rows: one value an axis.
+    """
+    if len(rows) < 2 or len(names) < 2:
+        return None
+    with _axes(title, height=2.8) as (axes, finish):
+        columns = [_places([row[n] for row in rows]) for n in range(len(names))]
+        for n in range(len(rows)):
+            front = n == first
+            colour, width = (SERIES[0], 2.0) if front else (MUTED, 0.8)
+            heights = [column[0][n] for column in columns]
+            axes.plot(
+                range(len(names)), heights, color=colour, linewidth=width, alpha=1 if front else 0.55, zorder=2 + front
+            )
+        for n, (_, ticks) in enumerate(columns):
+            for height, text in ticks:
+                axes.annotate(
+                    text, (n, height), fontsize=6.5, color=MUTED, ha="left", xytext=(3, 0), textcoords="offset points"
+                )
+        axes.set_xticks(range(len(names)), [name if len(name) <= 22 else f"…{name[-21:]}" for name in names])
+        axes.set_yticks([])
+        axes.set_xlim(-0.1, len(names) - 0.6)
+        return finish(f"{title}: {len(rows)} trials across {', '.join(names)}.")
+
+
+def _places(values: Sequence[float | str]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Heights in [0, 1] and the labelled ticks of one axis; numbers over several powers of ten stand by logarithm."""
+    if all(isinstance(value, int | float) for value in values):
+        numbers = np.asarray(values, dtype=np.float64)
+        low, high = float(numbers.min()), float(numbers.max())
+        scaled = np.log(numbers) if low > 0 and high / low > 20 else numbers
+        span = float(np.ptp(scaled)) or 1.0
+        return [float(h) for h in (scaled - scaled.min()) / span], [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
+    kinds = list(dict.fromkeys(str(value) for value in values))
+    steps = max(1, len(kinds) - 1)
+    return [kinds.index(str(v)) / steps for v in values], [(n / steps, k[:18]) for n, k in enumerate(kinds)]
+
+
 @contextmanager
 def _axes(title: str, height: float = 2.3) -> Iterator[Any]:
     from matplotlib import rc_context

@@ -1,0 +1,92 @@
+"""Jobs on other machines: what SLURM and Ray share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+import uuid
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from dpo_lora.sweeps.agent import Order
+from dpo_lora.sweeps.directory import SweepDir
+from dpo_lora.sweeps.processes import Job
+
+_BEAT = 5.0  # seconds
+_TICK = 0.2
+
+
+class ClusterProcesses(ABC):
+    """Hands orders to agents and hears from them; the sweep's directory lies on a file system all nodes see."""
+
+    def __init__(self, sweep: SweepDir, jobs: int, threads: int):
+        self.jobs, self.threads = jobs, threads
+        self._folder = sweep.path / ".cluster"
+        self._heartbeat = sweep.path / ".heartbeat"
+        self._token = uuid.uuid4().hex
+        self._beaten = 0.0
+        self._handles: dict[str, Any] = {}
+        self._folder.mkdir(exist_ok=True)
+        self._heartbeat.write_text(self._token, encoding="utf-8")
+
+    @abstractmethod
+    def _submit(self, order: Order) -> Any:
+        """Queue ``agent.run(order)``; a handle."""
+
+    @abstractmethod
+    def _code(self, handle: Any) -> int | None:
+        """None while it waits or runs; the agent's return value; -9 where the agent itself was lost."""
+
+    @abstractmethod
+    def _cancel(self, handle: Any) -> None:
+        """Take it out of the cluster's queue, or off its node."""
+
+    def free(self) -> int:
+        return self.jobs - len(self._handles)
+
+    def start(self, job: Job) -> None:
+        control = self._control(job.id)
+        shutil.rmtree(control, ignore_errors=True)
+        control.mkdir(parents=True)
+        order = Order(
+            job.kind, str(job.path), str(job.log), str(control), str(self._heartbeat), self._token, self.threads
+        )
+        self._handles[job.id] = self._submit(order)
+
+    def has_begun(self, job: str) -> bool:
+        return (self._control(job) / "begun").exists()
+
+    def poll(self, seconds: float) -> list[tuple[str, int]]:
+        deadline = time.monotonic() + seconds
+        while True:
+            if time.monotonic() - self._beaten > _BEAT:
+                os.utime(self._heartbeat)
+                self._beaten = time.monotonic()
+            ended = [(job, code) for job, handle in self._handles.items() if (code := self._code(handle)) is not None]
+            for job, _ in ended:
+                del self._handles[job]
+            if ended or time.monotonic() >= deadline:
+                return ended
+            time.sleep(min(_TICK, max(0.0, deadline - time.monotonic())))
+
+    def signal(self, job: str, number: int) -> None:
+        if job not in self._handles:
+            return
+        if not self.has_begun(job):
+            self._cancel(self._handles[job])
+        else:
+            message = self._control(job) / ".signal"
+            message.write_text(str(int(number)), encoding="utf-8")
+            message.replace(self._control(job) / "signal")
+
+    def close(self) -> None:
+        for job in self._handles:
+            self.signal(job, signal.SIGKILL)
+        self._heartbeat.unlink(missing_ok=True)  # agents that have not heard stop by themselves
+        self._handles.clear()
+
+    def _control(self, job: str) -> Path:
+        return self._folder / job

@@ -1,0 +1,248 @@
+"""A sweep whose next settings follow from the results so far: Optuna's samplers and pruners over our trials.
+
+The study lives in ``study.journal`` in the sweep's directory. Each trial is drawn with a generator
+seeded by the study's seed and the trial's number, and judged while it waits: so a study that runs one
+trial at a time comes out the same however often it is killed and resumed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from hydra.core.override_parser.types import Override
+from optuna.distributions import BaseDistribution
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from dpo_lora import objectives
+from dpo_lora.errors import UserError
+from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED
+from dpo_lora.schema import Retry
+from dpo_lora.sweeps import judge, space
+from dpo_lora.sweeps.methods import StudySettings, check, pruner, sampler
+from dpo_lora.sweeps.sweep import Sweep, objective
+from dpo_lora.sweeps.trial import PRUNED, Outcome, Trial, read_all
+
+# Kept beside an Optuna trial: why it does not count, or where it came from.
+_VOID, _REASON, _FROM, _ORDINAL = "void", "reason", "from", "ordinal"
+
+
+class Study:
+    """The source of a sweep's trials."""
+
+    def __init__(self, sweep: Sweep, settings: StudySettings, fixed: list[str], swept: list[Override]):
+        self.sweep, self.settings, self.fixed = sweep, settings, fixed
+        self.names = sweep.settings.objectives
+        self.space = {o.get_key_element(): space.distribution(o) for o in swept}
+        check(self.space, settings, sweep)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        lock: Any = _KernelLock(sweep.directory.path / ".study.lock")  # its base class is not public
+        backend = JournalFileBackend(str(sweep.directory.path / "study.journal"), lock_obj=lock)
+        self.study = optuna.create_study(
+            study_name="study",
+            storage=JournalStorage(backend),
+            directions=[str(objectives.DIRECTIONS[name]) for name in self.names],  # type: ignore[misc]  # a Literal there
+            pruner=pruner(settings),
+            load_if_exists=True,
+        )
+        self._settings_of: dict[int, list[Trial]] = {}  # Optuna's number -> the trials of that setting
+        self._waiting: list[Trial] = []
+        self._import(settings.warm_start)
+        if sweep.settings.retry is Retry.failed:
+            self._retry()
+
+    # -- a source of trials
+
+    def next(self) -> Trial | None:
+        while not self._waiting:
+            number = begun if (begun := self._begun()) is not None else self._draw()
+            if number is None:
+                return None
+            self._compose(number)
+        return self._waiting.pop(0)
+
+    def is_done(self) -> bool:
+        open_numbers = {t.number for t in self._counted() if t.state is TrialState.RUNNING}
+        enough = len(self._counted()) >= self.settings.trials
+        return enough and not self._waiting and open_numbers <= set(self._settings_of)
+
+    def ended(self, trial: Trial, outcome: Outcome) -> None:
+        """Tell the study about every setting whose last trial this was."""
+        if outcome.status == INTERRUPTED:
+            return
+        for number, trials in list(self._settings_of.items()):
+            if trial.id in {t.id for t in trials} and self._state(number) is TrialState.RUNNING:
+                self._tell(number, trials, outcome)
+
+    def looked(self, running: list[Trial]) -> list[Trial]:
+        """Answer what running trials ask; those to stop."""
+        hopeless = []
+        for trial in running:
+            for question in judge.questions(trial):
+                stop = self._is_hopeless(trial, question)
+                judge.answer(trial, question, stop=stop)
+                if stop:
+                    hopeless.append(trial)
+        return hopeless
+
+    def known(self) -> list[Trial]:
+        """Trials to prepare shared work for: the fixed settings, where they alone can be composed."""
+        try:
+            return self.sweep.compose(self.fixed)[:1]
+        except UserError:
+            return []
+
+    def facts(self) -> dict[str, Any]:
+        """For the summary: every counted trial in the order it was drawn, and the Pareto front."""
+        rows = [
+            {
+                "number": ordinal,
+                "state": t.state.name.lower(),
+                "params": t.params,
+                "values": t.values,
+                "reason": t.user_attrs.get(_REASON),
+            }
+            for ordinal, t in enumerate(self._counted())
+        ]
+        front = [{"params": t.params, "values": t.values} for t in self.study.best_trials]
+        return {"sampler": self.settings.sampler, "pruner": self.settings.pruner, "trials": rows, "front": front}
+
+    # -- drawing
+
+    def _counted(self) -> list[FrozenTrial]:
+        """Trials of this study's own total: none that was replaced, cut off unborn, or imported."""
+        known = self.study.get_trials(deepcopy=False)
+        return [
+            t
+            for t in known
+            if t.state is not TrialState.WAITING and _VOID not in t.user_attrs and _FROM not in t.user_attrs
+        ]
+
+    def _state(self, number: int) -> TrialState:
+        return self.study.get_trials(deepcopy=False)[number].state
+
+    def _begun(self) -> int | None:
+        """A trial that a killed process had drawn; one that it had not finished drawing is void."""
+        for t in self._counted():
+            if t.state is TrialState.RUNNING and t.number not in self._settings_of:
+                if set(t.params) == set(self.space):
+                    return t.number
+                self._set(t.number, _VOID, "the process was killed while it drew this trial")
+                self.study.tell(t.number, state=TrialState.FAIL)
+        return None
+
+    def _draw(self) -> int | None:
+        ordinal = len(self._counted())
+        if ordinal >= self.settings.trials:
+            return None
+        self.study.sampler = sampler(self.settings, self.space, self.settings.seed + 1_000_003 * ordinal)
+        return self.study.ask(fixed_distributions=self.space).number
+
+    def _compose(self, number: int) -> None:
+        """From sampled values to trials; a setting that cannot be is a failed trial, not the study's end."""
+        params = self.study.get_trials(deepcopy=False)[number].params
+        overrides = [*self.fixed, *(space.typed(name, value) for name, value in params.items())]
+        try:
+            trials = self.sweep.compose(overrides)
+        except UserError as error:
+            self._set(number, _REASON, str(error))
+            self.study.tell(number, state=TrialState.FAIL)
+            return
+        self._settings_of[number] = trials
+        for trial in trials:
+            trial.write()
+            if self.settings.pruner != "none":
+                judge.open_for(trial)
+            if trial.status(live=False) == INTERRUPTED and judge.was_stopped(trial):
+                trial.end(Outcome(PRUNED, "stopped early: it lay behind the others at this step"))
+        self._waiting += trials
+
+    # -- results
+
+    def _is_hopeless(self, trial: Trial, question: judge.Question) -> bool:
+        value = question.figures[self.names[0]]
+        numbers = [n for n, trials in self._settings_of.items() if trial.id == trials[0].id]
+        view = optuna.trial.Trial(self.study, self.study.get_trials(deepcopy=False)[numbers[0]]._trial_id)
+        view.report(value, question.step)
+        return view.should_prune()
+
+    def _tell(self, number: int, trials: list[Trial], outcome: Outcome) -> None:
+        states = [t.status(live=False) for t in trials]
+        if outcome.status == PRUNED:
+            self.study.tell(number, state=TrialState.PRUNED)
+        elif outcome.status == FAILED:
+            self._set(number, _REASON, outcome.reason or "")
+            self.study.tell(number, state=TrialState.FAIL)
+        elif all(state == FINISHED for state in states):
+            values = objective(trials, self.names)
+            if values is None:  # not finite: it may never win
+                self._set(number, _REASON, "an objective is not a finite number")
+                self.study.tell(number, state=TrialState.FAIL)
+            else:
+                self.study.tell(number, values)
+
+    def _set(self, number: int, key: str, value: Any) -> None:
+        known = self.study.get_trials(deepcopy=False)[number]
+        self.study._storage.set_trial_user_attr(known._trial_id, key, value)
+
+    def _retry(self) -> None:
+        """Queue the failed settings again; what replaces a failed trial counts in its stead."""
+        for t in self._counted():
+            if t.state is TrialState.FAIL:
+                self._set(t.number, _VOID, "tried again")
+                self.study.enqueue_trial(t.params)
+
+    def _import(self, folders: list[str]) -> None:
+        """Finished trials of earlier sweeps, as far as their values lie in the space, once each."""
+        known = {t.user_attrs.get(_FROM) for t in self.study.get_trials(deepcopy=False)}
+        for folder in folders:
+            found = read_all(Path(folder))
+            if not found:
+                raise UserError(f"warm_start={folder} holds no trials: name a sweep's directory.")
+            for trial in found:
+                source = str(trial.path.resolve())
+                params = _params(trial, self.space)
+                values = objective([trial], self.names)
+                if source in known or params is None or values is None:
+                    continue
+                self.study.add_trial(
+                    optuna.trial.create_trial(
+                        params=params, distributions=self.space, values=values, user_attrs={_FROM: source}
+                    )
+                )
+
+
+def _params(trial: Trial, known: dict[str, BaseDistribution]) -> dict[str, Any] | None:
+    """A trial's values for the names searched; None where one is not in the space."""
+    params = {}
+    for name, dist in known.items():
+        value: Any = trial.settings
+        for part in name.split("."):
+            value = value[part] if isinstance(value, dict) and part in value else None
+        if isinstance(value, dict) or value is None:  # a group's preset: known by the name it was given
+            value = trial.varied.get(name)
+        if isinstance(dist, optuna.distributions.CategoricalDistribution):
+            value = None if value is None else str(value)
+            if value not in dist.choices:
+                return None
+        elif value is None or not dist._contains(value):
+            return None
+        params[name] = value
+    return params
+
+
+class _KernelLock:
+    """Optuna's own lock files outlive a killed process by 30 s; the kernel lets go of this one at once."""
+
+    def __init__(self, file: Path):
+        self._lock = FileLock(file)
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()

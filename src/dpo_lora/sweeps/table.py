@@ -1,0 +1,168 @@
+"""A sweep in the terminal: a live table, or a line an event where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RUNNING
+from dpo_lora.sweeps import summary
+from dpo_lora.sweeps.directory import SweepDir
+from dpo_lora.sweeps.trial import PRUNED, WAITING, Trial, read_all
+
+_STYLES = {FINISHED: "green", FAILED: "red", INTERRUPTED: "yellow", RUNNING: "cyan", PRUNED: "magenta", WAITING: "dim"}
+_REFRESH = 1.0  # seconds between redraws: each reads the running trials' metrics
+
+
+def terminal() -> Console:
+    """stderr; lines of a log file are not cut to the width of a screen that is not there."""
+    console = Console(stderr=True)
+    return console if console.is_terminal else Console(stderr=True, width=160)
+
+
+class Watch:
+    """Shows one sweep while it runs."""
+
+    def __init__(self, console: Console, sweep: SweepDir, slots: int):
+        self.console, self.sweep, self.slots = console, sweep, slots
+        self.expected = 0  # trials in all, as far as known
+        self._begun, self._drawn = time.monotonic(), 0.0
+        self._at_start: set[str] | None = None
+        self._told: dict[str, str] = {}
+        self._live: Live | None = None
+
+    def __enter__(self) -> Watch:
+        self._told = {t.id: s for t in read_all(self.sweep.path) if (s := t.status(live=False)) == FINISHED}
+        self._at_start = set(self._told)
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def changed(self, running: list[Trial]) -> None:
+        if self._live is not None:
+            self.tick(running, now=True)
+            return
+        live = {t.id for t in running}
+        for trial in read_all(self.sweep.path):
+            status = RUNNING if trial.id in live else trial.status(live=False)
+            if self._told.get(trial.id) != status and status != WAITING:
+                self._told[trial.id] = status
+                self.say(self._line(trial, status))
+
+    def tick(self, running: list[Trial], now: bool = False) -> None:
+        if self._live is None or not (now or time.monotonic() - self._drawn > _REFRESH):
+            return
+        self._drawn = time.monotonic()
+        rows = [summary.row(t, live=True) for t in read_all(self.sweep.path)]
+        self._live.update(
+            Group(trials_table(rows, self.sweep.path.name), Text(self._footer(rows), "dim")), refresh=True
+        )
+
+    def _line(self, trial: Trial, status: str) -> str:
+        line = summary.row(trial, live=status == RUNNING)
+        done = sum(s not in (RUNNING, WAITING) for s in self._told.values())
+        facts = [f"{done}/{max(self.expected, len(self._told))}", trial.id[:8], status, label(line)]
+        if status == FINISHED:
+            facts.append(f"accuracy {line['figures']['accuracy']:.3f}  {line['figures']['seconds']:.0f} s")
+        elif status != RUNNING and (ended := trial.outcome()) and ended.reason:
+            facts.append(ended.reason)
+        if status != RUNNING and (left := self._left()):
+            facts.append(left)
+        return "  ".join(facts)
+
+    def _footer(self, rows: list[dict[str, Any]]) -> str:
+        for line in rows:
+            self._told[line["id"]] = line["status"]
+        busy = sum(line["status"] == RUNNING for line in rows)
+        done = sum(line["status"] in (FINISHED, FAILED, PRUNED) for line in rows)
+        return f"{done} of {max(self.expected, len(rows))} done, {busy} of {self.slots} slots busy  {self._left()}"
+
+    def _left(self) -> str:
+        """About how long the rest takes, by what this process has seen."""
+        over = [name for name, s in self._told.items() if s in (FINISHED, FAILED, PRUNED)]
+        fresh = [name for name in over if name not in (self._at_start or set())]
+        left = max(0, self.expected - len(over))
+        if not fresh or not left:
+            return ""
+        seconds = (time.monotonic() - self._begun) / len(fresh) * left
+        return f"about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def label(line: dict[str, Any]) -> str:
+    """A trial by what is varied: ``dpo.beta=0.1 seed=1``."""
+    return " ".join([*(f"{name}={value}" for name, value in line["varied"].items()), f"seed={line['seed']}"])
+
+
+def trials_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """One line a trial: what varies, status, step, loss, held-out accuracy, reason."""
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    names = list(dict.fromkeys(name for line in rows for name in line["varied"]))
+    for name in ("trial", *names, "seed", "status"):
+        table.add_column(name)
+    for name in ("step", "loss", "accuracy"):
+        table.add_column(name, justify="right")
+    table.add_column("reason", overflow="fold")
+    for line in rows:
+        seen = line["progress"]
+        step = "" if seen["step"] is None else f"{seen['step']}/{seen['steps'] or '?'}"
+        table.add_row(
+            line["id"][:8],
+            *(line["varied"].get(name, "") for name in names),
+            str(line["seed"]),
+            Text(line["status"], _STYLES[line["status"]]),
+            step,
+            "" if seen["loss"] is None else f"{seen['loss']:.4f}",
+            "" if seen["accuracy"] is None else f"{seen['accuracy']:.3f}",
+            line["reason"] or "",
+        )
+    return table
+
+
+def ranking_table(facts: dict[str, Any]) -> Table:
+    """Settings from best to worst, with intervals and what can be said against the best."""
+    objective, level = facts["objectives"][0], f"{100 * facts['confidence']:g} %"
+    table = Table(title=f"Ranking by {objective}", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("", justify="right")
+    for name in facts["varies"]:
+        table.add_column(name)
+    for name in ("seeds", objective, f"{level} interval", "best minus this"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for place, entry in enumerate(facts["ranking"], 1):
+        bounds, behind = entry["interval"], entry["behind_interval"]
+        table.add_row(
+            str(place),
+            *(entry["varied"].get(name, "") for name in facts["varies"]),
+            str(len(entry["seeds"])),
+            f"{entry['value']:.4g}",
+            "" if bounds is None else f"{bounds[0]:.3g} to {bounds[1]:.3g}",
+            "" if behind is None else f"{entry['behind']:+.3g} ({behind[0]:+.3g} to {behind[1]:+.3g})",
+            verdict(place, entry),
+        )
+    return table
+
+
+def verdict(place: int, entry: dict[str, Any]) -> str:
+    if place == 1:
+        return "best"
+    return "behind" if entry["distinguishable"] else "not distinguishable"

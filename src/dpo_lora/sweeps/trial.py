@@ -1,0 +1,129 @@
+"""One trial of a sweep: named by what it computes, known from its directory alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_lora.files import write_json
+from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RUNNING, RunDir
+from dpo_lora.schema import RunSettings
+from dpo_lora.settings import fingerprint, from_plain, plain
+
+WAITING, PRUNED = "waiting", "pruned"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the last attempt at a trial ended; kept in the trial's directory by whoever ran the sweep."""
+
+    status: str  # finished, failed, interrupted or pruned
+    reason: str | None = None
+    code: int | None = None  # exit code; minus the signal's number for a killed process
+    seconds: float = 0.0  # of this attempt
+    log: list[str] = field(default_factory=list)  # the last lines of output.log
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one trial is to compute, and where.
+
+    ``varied`` holds only the values that the sweep varies, as they were typed; repeats of one
+    setting differ in ``seed`` alone and share ``setting``.
+    """
+
+    id: str  # the settings' fingerprint: its directory's name
+    setting: str  # the fingerprint without the seed
+    seed: int
+    varied: dict[str, str]
+    overrides: list[str]
+    settings: dict[str, Any]  # plain
+    path: Path
+
+    @classmethod
+    def of(cls, settings: RunSettings, sweep: Path, overrides: list[str], varied: dict[str, str]) -> Trial:
+        values = plain(settings)
+        name = fingerprint(settings)
+        return cls(name, setting_id(values), settings.seed, varied, overrides, values, sweep / name)
+
+    @classmethod
+    def read(cls, path: Path) -> Trial:
+        """The trial that lies in ``path``.
+
+        Raises:
+            OSError: there is none.
+        """
+        values = json.loads((path / "trial.json").read_text(encoding="utf-8"))
+        return cls(**values, path=path)
+
+    def write(self) -> None:
+        """Leave trial.json, from which a worker starts; a trial that has one keeps it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "trial.json").exists():
+            values = asdict(self)
+            del values["path"]
+            write_json(self.path / "trial.json", values)
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.path)
+
+    @property
+    def output_file(self) -> Path:
+        """All that the trial's processes said, attempt after attempt."""
+        return self.path / "output.log"
+
+    @property
+    def _outcome_file(self) -> Path:
+        return self.path / "outcome.json"
+
+    def begin(self) -> None:
+        """A new attempt: what is known of the last one no longer holds."""
+        self.write()
+        self._outcome_file.unlink(missing_ok=True)
+
+    def end(self, outcome: Outcome) -> None:
+        write_json(self._outcome_file, asdict(outcome))
+
+    def outcome(self) -> Outcome | None:
+        """How the last attempt ended; None while one runs, or where its end was not seen."""
+        try:
+            return Outcome(**json.loads(self._outcome_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def status(self, *, live: bool) -> str:
+        """waiting, running, finished, failed, interrupted or pruned.
+
+        Args:
+            live: whether the process that runs the sweep is alive; without it, "running" means cut off.
+        """
+        run = self.run
+        said = str(run.manifest()["status"]) if run.manifest_file.exists() else None
+        ended = self.outcome()
+        if said == FINISHED:
+            return FINISHED
+        if ended is not None:
+            return ended.status
+        if said == RUNNING and not live:
+            return INTERRUPTED
+        return said or WAITING
+
+    def has_failed(self) -> bool:
+        return self.status(live=False) == FAILED
+
+
+def setting_id(settings: dict[str, Any]) -> str:
+    """The fingerprint of plain settings, blind to the seed: equal for repeats."""
+    return fingerprint(from_plain({**settings, "seed": 0}))
+
+
+def read_all(sweep: Path) -> list[Trial]:
+    """Every trial that lies in a sweep's directory, oldest first."""
+    # best is a link to one of them
+    found = [
+        (file.stat().st_mtime_ns, file.parent) for file in sweep.glob("*/trial.json") if not file.parent.is_symlink()
+    ]
+    return [Trial.read(path) for _, path in sorted(found)]
