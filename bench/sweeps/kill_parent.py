@@ -52,7 +52,7 @@ def main() -> None:
                 kills.append({"after": round(moment, 2), "done": _finished(rough), "orphans": _orphans(process.pid)})
                 print(kills[-1], file=sys.stderr, flush=True)
             else:
-                if len(list(rough.glob("*/sweep.json"))) and _finished(rough):
+                if list(rough.glob("*/sweep.json")) and _finished(rough):
                     rough = Path(scratch, f"rough-{len(kills)}")  # got through: go on killing a fresh one
         subprocess.run(_command(options.overrides, rough), check=True, stdout=subprocess.DEVNULL)
         print(
@@ -82,7 +82,9 @@ def _wait_for_training(process: subprocess.Popen[bytes], outputs: Path) -> None:
 
 
 def _finished(outputs: Path) -> int:
-    return sum('"status": "finished"' in f.read_text() for f in outputs.glob("*/*/run.json") if not f.parent.is_symlink())
+    return sum(
+        '"status": "finished"' in f.read_text() for f in outputs.glob("*/*/run.json") if not f.parent.is_symlink()
+    )
 
 
 def _orphans(parent: int) -> list[int]:

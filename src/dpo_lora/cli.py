@@ -62,8 +62,7 @@ def resume(
         train_main(status.command_again(sweep, retry=retry))
         return
     found = rundir.find(run, outputs)
-    status = found.status()
-    if status == rundir.FINISHED:
+    if found.status() == rundir.FINISHED:
         typer.echo(f"{found.path} has finished; there is nothing to resume.", err=True)
     elif found.is_live():
         raise UserError(f"{found.path} is running now, in another process.")

@@ -119,7 +119,9 @@ def overlay(title: str, lines: Sequence[Line], first: int, *, unit: str, level: 
         for n, line in shown:
             front = n == first
             colour, width, order = (SERIES[0], 1.8, 3) if front else (MUTED, 0.7, 2)
-            axes.plot(_thin(line.x), _thin(line.y), color=colour, linewidth=width, alpha=1 if front else 0.5, zorder=order)
+            axes.plot(
+                _thin(line.x), _thin(line.y), color=colour, linewidth=width, alpha=1 if front else 0.5, zorder=order
+            )
         if level is not None:
             axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlabel("step")
@@ -143,10 +145,14 @@ def parallel(title: str, names: Sequence[str], rows: Sequence[Sequence[float | s
             front = n == first
             colour, width = (SERIES[0], 2.0) if front else (MUTED, 0.8)
             heights = [column[0][n] for column in columns]
-            axes.plot(range(len(names)), heights, color=colour, linewidth=width, alpha=1 if front else 0.55, zorder=2 + front)
+            axes.plot(
+                range(len(names)), heights, color=colour, linewidth=width, alpha=1 if front else 0.55, zorder=2 + front
+            )
         for n, (_, ticks) in enumerate(columns):
             for height, text in ticks:
-                axes.annotate(text, (n, height), fontsize=6.5, color=MUTED, ha="left", xytext=(3, 0), textcoords="offset points")
+                axes.annotate(
+                    text, (n, height), fontsize=6.5, color=MUTED, ha="left", xytext=(3, 0), textcoords="offset points"
+                )
         axes.set_xticks(range(len(names)), [name if len(name) <= 22 else f"…{name[-21:]}" for name in names])
         axes.set_yticks([])
         axes.set_xlim(-0.1, len(names) - 0.6)

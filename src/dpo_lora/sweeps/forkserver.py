@@ -81,7 +81,7 @@ class _Server:
                 if readable:
                     received = self.connection.recv(65536)
                     if not received:
-                        return self._close()
+                        break
                     *lines, self.buffer = (self.buffer + received).split(b"\n")
                     for line in lines:
                         request = json.loads(line)
@@ -91,7 +91,9 @@ class _Server:
                             return dict(request)
                 self._reap()
         except (BrokenPipeError, ConnectionResetError):
-            return self._close()
+            pass
+        self._close()
+        return None
 
     def _start(self, request: dict[str, Any]) -> bool:
         """Fork; True in the child."""

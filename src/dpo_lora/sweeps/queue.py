@@ -183,4 +183,3 @@ class Queue:
 
     def _trials(self) -> list[Trial]:
         return [entry.trial for entry in self._running.values()]
-

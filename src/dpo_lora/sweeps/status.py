@@ -28,7 +28,7 @@ def show(sweep: SweepDir) -> None:
         console.print(table.ranking_table(facts))
     counts = ", ".join(f"{number} {name}" for name, number in facts["counts"].items())
     console.print(f"\n{counts or 'no trials yet'}", highlight=False)
-    if not live and set(facts["counts"]) - {"finished", "pruned", FAILED} or known.get("status") == INTERRUPTED:
+    if (not live and set(facts["counts"]) - {"finished", "pruned", FAILED}) or known.get("status") == INTERRUPTED:
         console.print(f"Go on: dpo-lora resume {sweep.path}", highlight=False, soft_wrap=True)
     elif not live and FAILED in facts["counts"]:
         console.print(f"Run the failed again: dpo-lora resume {sweep.path} --retry", highlight=False, soft_wrap=True)

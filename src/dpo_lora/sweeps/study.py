@@ -7,61 +7,44 @@ trial at a time comes out the same however often it is killed and resumed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from filelock import FileLock
 from hydra.core.override_parser.types import Override
-from optuna.distributions import BaseDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from dpo_lora import objectives
 from dpo_lora.errors import UserError
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED
 from dpo_lora.schema import Retry
-from dpo_lora.sweeps import judge, space
+from dpo_lora.sweeps import judge, search, space
 from dpo_lora.sweeps.sweep import Sweep, objective
 from dpo_lora.sweeps.trial import PRUNED, Outcome, Trial, read_all
 
-SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
-PRUNERS = ("none", "median", "halving", "hyperband")
-
 # Kept beside an Optuna trial: why it does not count, or where it came from.
-_VOID, _REASON, _FROM, _ORDINAL = "void", "reason", "from", "ordinal"
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """How a study searches; the values lie in conf/hydra/sweeper/study.yaml."""
-
-    sampler: str
-    pruner: str
-    trials: int  # in all: a resumed study goes on to this number
-    startup_trials: int  # drawn at random before the sampler learns, finished before the pruner judges
-    warmup_steps: int  # optimizer steps in which no trial is pruned
-    seed: int
-    warm_start: list[str]  # directories of earlier sweeps whose finished trials are known from the start
+_VOID, _REASON, _FROM = "void", "reason", "from"
 
 
 class Study:
     """The source of a sweep's trials."""
 
-    def __init__(self, sweep: Sweep, settings: StudySettings, fixed: list[str], swept: list[Override]):
+    def __init__(self, sweep: Sweep, settings: search.StudySettings, fixed: list[str], swept: list[Override]):
         self.sweep, self.settings, self.fixed = sweep, settings, fixed
         self.names = sweep.settings.objectives
         self.space = {o.get_key_element(): space.distribution(o) for o in swept}
-        _check(self.space, settings, sweep)
+        search.check(self.space, settings, sweep)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         lock: Any = _KernelLock(sweep.directory.path / ".study.lock")  # its base class is not public
         backend = JournalFileBackend(str(sweep.directory.path / "study.journal"), lock_obj=lock)
         self.study = optuna.create_study(
             study_name="study",
             storage=JournalStorage(backend),
-            directions=[objectives.DIRECTIONS[name] for name in self.names],
-            pruner=_pruner(settings),
+            directions=[StudyDirection[objectives.DIRECTIONS[name].upper()] for name in self.names],
+            pruner=search.pruner(settings),
             load_if_exists=True,
         )
         self._settings_of: dict[int, list[Trial]] = {}  # Optuna's number -> the trials of that setting
@@ -154,7 +137,7 @@ class Study:
         ordinal = len(self._counted())
         if ordinal >= self.settings.trials:
             return None
-        self.study.sampler = _sampler(self.settings, self.space, self.settings.seed + 1_000_003 * ordinal)
+        self.study.sampler = search.sampler(self.settings, self.settings.seed + 1_000_003 * ordinal)
         return self.study.ask(fixed_distributions=self.space).number
 
     def _compose(self, number: int) -> None:
@@ -220,7 +203,7 @@ class Study:
                 raise UserError(f"warm_start={folder} holds no trials: name a sweep's directory.")
             for trial in found:
                 source = str(trial.path.resolve())
-                params = _params(trial, self.space)
+                params = search.params_of(trial, self.space)
                 values = objective([trial], self.names)
                 if source in known or params is None or values is None:
                     continue
@@ -229,74 +212,6 @@ class Study:
                         params=params, distributions=self.space, values=values, user_attrs={_FROM: source}
                     )
                 )
-
-
-def _params(trial: Trial, known: dict[str, BaseDistribution]) -> dict[str, Any] | None:
-    """A trial's values for the names searched; None where one is not in the space."""
-    params = {}
-    for name, dist in known.items():
-        value: Any = trial.settings
-        for part in name.split("."):
-            value = value[part] if isinstance(value, dict) and part in value else None
-        if isinstance(value, dict) or value is None:  # a group's preset: known by the name it was given
-            value = trial.varied.get(name)
-        if isinstance(dist, optuna.distributions.CategoricalDistribution):
-            value = None if value is None else str(value)
-            if value not in dist.choices:
-                return None
-        elif value is None or not dist._contains(value):
-            return None
-        params[name] = value
-    return params
-
-
-def _check(known: dict[str, BaseDistribution], settings: StudySettings, sweep: Sweep) -> None:
-    if not known:
-        raise UserError(
-            "A study needs something to search: name a space such as hydra/sweeper=beta-lr, or give "
-            "dpo.beta=interval(0.01,1) or dpo=sigmoid,ipo on the command line."
-        )
-    for name, value, allowed in (
-        ("sampler", settings.sampler, SAMPLERS),
-        ("pruner", settings.pruner, PRUNERS),
-    ):
-        if value not in allowed:
-            raise UserError(f"hydra.sweeper.{name}={value} is unknown; there are {', '.join(allowed)}.")
-    if settings.pruner == "none":
-        return
-    if len(sweep.settings.objectives) > 1 or sweep.settings.objectives[0] not in objectives.EVALUATED:
-        raise UserError(
-            f"A pruner judges by one of {', '.join(objectives.EVALUATED)}, and sweep.objectives={sweep.settings.objectives}. "
-            "Set hydra.sweeper.pruner=none, or that one objective."
-        )
-    if sweep.settings.repeats > 1:
-        raise UserError("A pruner judges single trials: set sweep.repeats=1 or hydra.sweeper.pruner=none.")
-    if sweep.config.eval.every == 0:
-        raise UserError("A pruner judges at evaluations during training: set eval.every to a number of steps.")
-
-
-def _sampler(settings: StudySettings, known: dict[str, BaseDistribution], seed: int) -> optuna.samplers.BaseSampler:
-    seed %= 2**32
-    startup = settings.startup_trials
-    if settings.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
-    if settings.sampler == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
-    if settings.sampler == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
-    if settings.sampler == "grid":
-        return optuna.samplers.BruteForceSampler(seed=seed)
-    return optuna.samplers.RandomSampler(seed=seed)
-
-
-def _pruner(settings: StudySettings) -> optuna.pruners.BasePruner:
-    if settings.pruner == "median":
-        return optuna.pruners.MedianPruner(settings.startup_trials, settings.warmup_steps)
-    if settings.pruner == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, settings.warmup_steps))
-    if settings.pruner == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=max(1, settings.warmup_steps))
-    return optuna.pruners.NopPruner()
 
 
 class _KernelLock:

@@ -209,5 +209,3 @@ def _varied(config: DictConfig, loader: ConfigLoader) -> list[str]:
 def _name(config: DictConfig) -> str:
     """The data's name for the directory's; the base of a sweep over data sets may have none."""
     return "sweep" if OmegaConf.is_missing(config.data, "name") else str(config.data.name)
-
-
