@@ -95,8 +95,8 @@ def defaults() -> dict[str, Any]:
 def fingerprint(settings: RunSettings) -> str:
     """16 hex digits that name what a run computes: equal for equal results, blind to where they go.
 
-    The tracker, the output folders, the sweep around it and the logging cadence are left out; everything that can
-    move a weight or a score is in.
+    The tracker, the output folders, the sweep around it and the logging cadence are left out; everything
+    that can move a weight or a score is in.
     """
     values = plain(settings)
     for blind in ("tracking", "outputs", "run_dir", "sweep"):

@@ -65,8 +65,12 @@ def name_of(entry: dict[str, Any]) -> str:
 
 def _ranking(facts: dict[str, Any]) -> Drawing | None:
     rows = [
-        (name_of(entry), entry["value"], *(entry["interval"] or (entry["value"], entry["value"])))
-        for entry in facts["ranking"][:30]
+        (
+            f"{place}. {' / '.join(entry['varied'].values())}",
+            entry["value"],
+            *(entry["interval"] or (entry["value"], entry["value"])),
+        )
+        for place, entry in enumerate(facts["ranking"][:30], 1)
     ]
     return drawing.intervals("Ranking", rows, unit=facts["objectives"][0])
 

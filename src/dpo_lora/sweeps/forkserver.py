@@ -91,7 +91,7 @@ class _Server:
                             return dict(request)
                 self._reap()
         except (BrokenPipeError, ConnectionResetError):
-            pass  # whoever listened is gone: the same end
+            pass
         self._close()
         return None
 

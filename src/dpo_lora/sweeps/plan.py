@@ -128,8 +128,8 @@ def _resolution(trials: list[Trial], expected: int, outputs: Path) -> list[str]:
     ]
     if smallest > 0.1:
         lines.append(
-            "That is coarse: settings that differ less will come out as not distinguishable. More held-out pairs, "
-            "fewer settings, or sweep.repeats make it finer."
+            "That is coarse: settings that differ less will come out as not distinguishable. More held-out "
+            "pairs, fewer settings, or sweep.repeats make it finer."
         )
     return lines
 

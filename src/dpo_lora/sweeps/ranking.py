@@ -3,9 +3,10 @@
 Two kinds of noise stand between a held-out score and a setting's worth: which pairs happen to be
 held out, and the seed. The seed's is pooled over all settings that ran with several, as if it were
 the same for all: two seeds of one setting alone would say next to nothing. The half-widths are added
-in quadrature, which overstates a little where they overlap. Settings are compared pair by pair, on the same held-out pairs and the same seeds: most
-of the noise is common to both and drops out. The intervals of the comparisons against the best are
-widened for their number (Bonferroni), since the best of many is partly luck.
+in quadrature, which overstates a little where the two overlap. Settings are compared pair by pair, on
+the same held-out pairs: most of that noise is common to both and drops out. The intervals of the
+comparisons against the best are widened for their number (Bonferroni), since the best of many is
+partly luck.
 """
 
 from __future__ import annotations

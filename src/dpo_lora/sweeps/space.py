@@ -54,20 +54,3 @@ def _range(value: RangeSweep) -> BaseDistribution:
 def typed(name: str, value: Any) -> str:
     """A sampled value as an override."""
     return f"{name}={value!r}" if isinstance(value, float) else f"{name}={value}"
-
-
-def finite(space: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
-    """Every value of each name, for a full grid.
-
-    Raises:
-        UserError: a name has a continuum of values.
-    """
-    grid: dict[str, list[Any]] = {}
-    for name, known in space.items():
-        if isinstance(known, CategoricalDistribution):
-            grid[name] = list(known.choices)
-        elif isinstance(known, IntDistribution) and not known.log:
-            grid[name] = list(range(known.low, known.high + 1, known.step))
-        else:
-            raise UserError(f"sampler=grid needs listed values, and {name} is an interval: name them as {name}=A,B,C.")
-    return grid

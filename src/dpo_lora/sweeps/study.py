@@ -13,39 +13,38 @@ from typing import Any
 import optuna
 from filelock import FileLock
 from hydra.core.override_parser.types import Override
-from optuna.distributions import BaseDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from dpo_lora import objectives
 from dpo_lora.errors import UserError
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED
 from dpo_lora.schema import Retry
-from dpo_lora.sweeps import judge, space
-from dpo_lora.sweeps.methods import StudySettings, check, pruner, sampler
+from dpo_lora.sweeps import judge, search, space
 from dpo_lora.sweeps.sweep import Sweep, objective
 from dpo_lora.sweeps.trial import PRUNED, Outcome, Trial, read_all
 
 # Kept beside an Optuna trial: why it does not count, or where it came from.
-_VOID, _REASON, _FROM, _ORDINAL = "void", "reason", "from", "ordinal"
+_VOID, _REASON, _FROM = "void", "reason", "from"
 
 
 class Study:
     """The source of a sweep's trials."""
 
-    def __init__(self, sweep: Sweep, settings: StudySettings, fixed: list[str], swept: list[Override]):
+    def __init__(self, sweep: Sweep, settings: search.StudySettings, fixed: list[str], swept: list[Override]):
         self.sweep, self.settings, self.fixed = sweep, settings, fixed
         self.names = sweep.settings.objectives
         self.space = {o.get_key_element(): space.distribution(o) for o in swept}
-        check(self.space, settings, sweep)
+        search.check(self.space, settings, sweep)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         lock: Any = _KernelLock(sweep.directory.path / ".study.lock")  # its base class is not public
         backend = JournalFileBackend(str(sweep.directory.path / "study.journal"), lock_obj=lock)
         self.study = optuna.create_study(
             study_name="study",
             storage=JournalStorage(backend),
-            directions=[str(objectives.DIRECTIONS[name]) for name in self.names],  # type: ignore[misc]  # a Literal there
-            pruner=pruner(settings),
+            directions=[StudyDirection[objectives.DIRECTIONS[name].upper()] for name in self.names],
+            pruner=search.pruner(settings),
             load_if_exists=True,
         )
         self._settings_of: dict[int, list[Trial]] = {}  # Optuna's number -> the trials of that setting
@@ -138,7 +137,7 @@ class Study:
         ordinal = len(self._counted())
         if ordinal >= self.settings.trials:
             return None
-        self.study.sampler = sampler(self.settings, self.space, self.settings.seed + 1_000_003 * ordinal)
+        self.study.sampler = search.sampler(self.settings, self.settings.seed + 1_000_003 * ordinal)
         return self.study.ask(fixed_distributions=self.space).number
 
     def _compose(self, number: int) -> None:
@@ -204,7 +203,7 @@ class Study:
                 raise UserError(f"warm_start={folder} holds no trials: name a sweep's directory.")
             for trial in found:
                 source = str(trial.path.resolve())
-                params = _params(trial, self.space)
+                params = search.params_of(trial, self.space)
                 values = objective([trial], self.names)
                 if source in known or params is None or values is None:
                     continue
@@ -213,25 +212,6 @@ class Study:
                         params=params, distributions=self.space, values=values, user_attrs={_FROM: source}
                     )
                 )
-
-
-def _params(trial: Trial, known: dict[str, BaseDistribution]) -> dict[str, Any] | None:
-    """A trial's values for the names searched; None where one is not in the space."""
-    params = {}
-    for name, dist in known.items():
-        value: Any = trial.settings
-        for part in name.split("."):
-            value = value[part] if isinstance(value, dict) and part in value else None
-        if isinstance(value, dict) or value is None:  # a group's preset: known by the name it was given
-            value = trial.varied.get(name)
-        if isinstance(dist, optuna.distributions.CategoricalDistribution):
-            value = None if value is None else str(value)
-            if value not in dist.choices:
-                return None
-        elif value is None or not dist._contains(value):
-            return None
-        params[name] = value
-    return params
 
 
 class _KernelLock:

@@ -67,9 +67,8 @@ class Watch:
             return
         self._drawn = time.monotonic()
         rows = [summary.row(t, live=True) for t in read_all(self.sweep.path)]
-        self._live.update(
-            Group(trials_table(rows, self.sweep.path.name), Text(self._footer(rows), "dim")), refresh=True
-        )
+        shown = Group(trials_table(rows, self.sweep.path.name), Text(self._footer(rows), "dim"))
+        self._live.update(shown, refresh=True)
 
     def _line(self, trial: Trial, status: str) -> str:
         line = summary.row(trial, live=status == RUNNING)

@@ -122,8 +122,6 @@ def setting_id(settings: dict[str, Any]) -> str:
 
 def read_all(sweep: Path) -> list[Trial]:
     """Every trial that lies in a sweep's directory, oldest first."""
-    # best is a link to one of them
-    found = [
-        (file.stat().st_mtime_ns, file.parent) for file in sweep.glob("*/trial.json") if not file.parent.is_symlink()
-    ]
+    files = [file for file in sweep.glob("*/trial.json") if not file.parent.is_symlink()]  # best is a link
+    found = [(file.stat().st_mtime_ns, file.parent) for file in files]
     return [Trial.read(path) for _, path in sorted(found)]

@@ -1,7 +1,7 @@
 """Launchers: where a sweep's trials run. Presets in conf/hydra/launcher extend what is registered here."""
 
-# No postponed annotations: Hydra executes a plugin's module before sys.modules has it, and dataclasses would
-# look there.
+# No postponed annotations: Hydra executes a plugin's module before sys.modules has it, where dataclasses would
+# look their names up.
 
 import importlib.util
 from abc import abstractmethod

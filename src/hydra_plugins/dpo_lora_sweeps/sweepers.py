@@ -56,7 +56,8 @@ class StudySweeper(BasicSweeper):
             raise UserError("A study runs on hydra/launcher=local, slurm or ray.")
         if importlib.util.find_spec("optuna") is None:
             raise UserError("A study needs optuna: pip install 'dpo-lora[study]'.")
-        from dpo_lora.sweeps.study import Study, StudySettings
+        from dpo_lora.sweeps.search import StudySettings
+        from dpo_lora.sweeps.study import Study
 
         sweep = self.launcher.sweep
         OmegaConf.save(self.config, sweep.directory.path / "multirun.yaml")

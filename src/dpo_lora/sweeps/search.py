@@ -1,8 +1,9 @@
-"""How a study draws its trials and gives up on them: Optuna's samplers and pruners by name."""
+"""How a study searches: its settings, their rules, and Optuna's samplers and pruners by name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -10,6 +11,7 @@ from optuna.distributions import BaseDistribution
 from dpo_lora import objectives
 from dpo_lora.errors import UserError
 from dpo_lora.sweeps.sweep import Sweep
+from dpo_lora.sweeps.trial import Trial
 
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "grid")
 PRUNERS = ("none", "median", "halving", "hyperband")
@@ -28,11 +30,30 @@ class StudySettings:
     warm_start: list[str]  # directories of earlier sweeps whose finished trials are known from the start
 
 
+def params_of(trial: Trial, known: dict[str, BaseDistribution]) -> dict[str, Any] | None:
+    """A trial's values for the names searched; None where one is not in the space."""
+    params = {}
+    for name, dist in known.items():
+        value: Any = trial.settings
+        for part in name.split("."):
+            value = value[part] if isinstance(value, dict) and part in value else None
+        if isinstance(value, dict) or value is None:  # a group's preset: known by the name it was given
+            value = trial.varied.get(name)
+        if isinstance(dist, optuna.distributions.CategoricalDistribution):
+            value = None if value is None else str(value)
+            if value not in dist.choices:
+                return None
+        elif value is None or not dist._contains(value):
+            return None
+        params[name] = value
+    return params
+
+
 def check(known: dict[str, BaseDistribution], settings: StudySettings, sweep: Sweep) -> None:
-    """Refuse a study that cannot run.
+    """Refuse a study that has nothing to search or could not prune.
 
     Raises:
-        UserError: nothing to search, an unknown method, or a pruner that has nothing to judge by.
+        UserError: naming the setting.
     """
     if not known:
         raise UserError(
@@ -50,8 +71,7 @@ def check(known: dict[str, BaseDistribution], settings: StudySettings, sweep: Sw
     if len(sweep.settings.objectives) > 1 or sweep.settings.objectives[0] not in objectives.EVALUATED:
         raise UserError(
             f"A pruner judges by one of {', '.join(objectives.EVALUATED)}, and "
-            f"sweep.objectives={sweep.settings.objectives}. "
-            "Set hydra.sweeper.pruner=none, or that one objective."
+            f"sweep.objectives={sweep.settings.objectives}. Set hydra.sweeper.pruner=none, or that one objective."
         )
     if sweep.settings.repeats > 1:
         raise UserError("A pruner judges single trials: set sweep.repeats=1 or hydra.sweeper.pruner=none.")
@@ -59,7 +79,8 @@ def check(known: dict[str, BaseDistribution], settings: StudySettings, sweep: Sw
         raise UserError("A pruner judges at evaluations during training: set eval.every to a number of steps.")
 
 
-def sampler(settings: StudySettings, known: dict[str, BaseDistribution], seed: int) -> optuna.samplers.BaseSampler:
+def sampler(settings: StudySettings, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler that draws one trial: seeded for it alone, so that a resumed study draws the same."""
     seed %= 2**32
     startup = settings.startup_trials
     if settings.sampler == "tpe":
@@ -74,6 +95,7 @@ def sampler(settings: StudySettings, known: dict[str, BaseDistribution], seed: i
 
 
 def pruner(settings: StudySettings) -> optuna.pruners.BasePruner:
+    """The pruner by its name in the settings."""
     if settings.pruner == "median":
         return optuna.pruners.MedianPruner(settings.startup_trials, settings.warmup_steps)
     if settings.pruner == "halving":
