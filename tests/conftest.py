@@ -141,14 +141,14 @@ class CommandLine:
     def __call__(self, *words: str) -> Outcome:
         from hydra.core.global_hydra import GlobalHydra
 
-        from dpo_lora import cli
+        from dpo_lora.__main__ import main
 
         GlobalHydra.instance().clear()
         self.monkeypatch.setattr(sys, "argv", ["dpo-lora", *words])
         self.capfd.readouterr()
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         out, err = self.capfd.readouterr()

@@ -85,10 +85,10 @@ def test_a_value_that_cannot_train_is_refused_before_anything_is_written(
 
 HEAVY = """
 import sys
-from dpo_lora import cli
+from dpo_lora.__main__ import main
 sys.argv = ["dpo-lora", *{words}]
 try:
-    cli.main()
+    main()
 except SystemExit:
     pass
 heavy = {{"torch", "transformers", "trl", "peft", "datasets", "wandb"}} & sys.modules.keys()

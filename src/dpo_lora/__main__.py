@@ -1,3 +1,38 @@
-from dpo_lora.cli import main
+"""Console script ``dpo-lora``: hands train and plan to Hydra at once, everything else to the command table.
 
-main()
+The table is imported only when it is asked: a mistyped override is answered in under a second.
+"""
+
+from __future__ import annotations
+
+import sys
+
+_LAUNCHER = ("hydra/launcher=", "hydra.launcher.")  # a plan runs on none
+
+
+def main() -> None:
+    """Run the command that sys.argv names."""
+    command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if command == "train":
+        _hydra(arguments)
+    elif command == "plan":
+        words = [w for w in arguments if w not in ("-m", "--multirun") and not w.startswith(_LAUNCHER)]
+        _hydra([*words, "hydra/launcher=plan", "-m"])
+    elif command in ("-sc", "--shell-completion"):
+        from dpo_lora import cli
+
+        cli.complete([command, *arguments])
+    else:
+        from dpo_lora import cli
+
+        cli.run_table()
+
+
+def _hydra(words: list[str]) -> None:
+    from dpo_lora.train import main as train
+
+    train(words)
+
+
+if __name__ == "__main__":
+    main()

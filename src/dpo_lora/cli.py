@@ -15,8 +15,6 @@ from dpo_lora.cli_cache import cache
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import record_command
 
-_LAUNCHER = ("hydra/launcher=", "hydra.launcher.")  # a plan runs on none
-
 app = typer.Typer(
     name="dpo-lora",
     help="DPO training of LoRA adapters: from preference pairs to a proven adapter.",
@@ -35,13 +33,13 @@ Outputs = Annotated[Path, typer.Option(help="Folder that runs are written into."
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train() -> None:
     """Train an adapter: dpo-lora train [GROUP=PRESET] [NAME=VALUE] [-m]. Its own --help lists every setting."""
-    raise AssertionError("main() hands 'train' to Hydra before the command table is asked")
+    raise AssertionError("__main__ hands 'train' to Hydra before the command table is asked")
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def plan() -> None:
     """Say what a sweep would do before it starts: dpo-lora plan -m [NAME=VALUE,VALUE ...], as for train."""
-    raise AssertionError("main() hands 'plan' to Hydra before the command table is asked")
+    raise AssertionError("__main__ hands 'plan' to Hydra before the command table is asked")
 
 
 @app.command()
@@ -202,30 +200,17 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def main() -> None:
-    """Console script ``dpo-lora``."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["train"]:
-        from dpo_lora.train import main as train_main
-
-        train_main(arguments[1:])
-    elif arguments[:1] == ["plan"]:
-        from dpo_lora.train import main as train_main
-
-        words = [w for w in arguments[1:] if w not in ("-m", "--multirun") and not w.startswith(_LAUNCHER)]
-        train_main([*words, "hydra/launcher=plan", "-m"])
-    elif arguments[:1] and arguments[0] in ("-sc", "--shell-completion"):
-        _complete(arguments)
-    else:
-        record_command(*arguments)
-        try:
-            app()
-        except UserError as error:
-            typer.echo(f"dpo-lora: {error}", err=True)
-            sys.exit(2)
+def run_table() -> None:
+    """Every command but train and plan; a user's mistake exits with 2 and one message."""
+    record_command(*sys.argv[1:])
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"dpo-lora: {error}", err=True)
+        sys.exit(2)
 
 
-def _complete(arguments: list[str]) -> None:
+def complete(arguments: list[str]) -> None:
     """Hydra's completion asks the program itself, without the word ``train``; answer for ``dpo-lora train``."""
     line = os.environ.get("COMP_LINE", "")
     program, _, rest = line.partition(" ")

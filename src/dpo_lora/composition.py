@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 import yaml
@@ -23,10 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import record_command
 from dpo_lora.resources import conf_dir
-from dpo_lora.rundir import RunDir
 from dpo_lora.schema import RunSettings
 from dpo_lora.settings import from_hydra, plain, register_schema
-from dpo_lora.typos import explain
+from dpo_lora.typos import check_names, explain
+
+if TYPE_CHECKING:
+    from dpo_lora.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def open_run(settings: RunSettings, *, trial: Path | None, overrides: list[str],
     Raises:
         UserError: it is in use, holds another run, or cannot be written.
     """
+    from dpo_lora.rundir import RunDir  # a typo need not wait for it
+
     if resume is not None:
         return RunDir.reopen(resume)
     run = RunDir.create(
@@ -104,6 +108,7 @@ def run_hydra(entry: Callable[[], None], overrides: list[str] | None) -> None:
     # Hydra would print and exit by itself; with this it hands the exception over.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        check_names([word for word in sys.argv[1:] if not word.startswith("-")])
         entry()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         refuse(error)

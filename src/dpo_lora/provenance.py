@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 PACKAGES = (
     "dpo-lora", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers",
@@ -20,6 +17,8 @@ MAX_DIFF = 200_000  # characters of an uncommitted diff kept in the manifest
 
 def package_versions() -> dict[str, str]:
     """Installed versions of what can change a result."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for name in PACKAGES:
         try:
@@ -56,6 +55,8 @@ def _git(root: Path, *args: str) -> str | None:
 
 def machine() -> dict[str, Any]:
     """The computer: host, processor, memory in bytes, Python."""
+    import psutil
+
     return {
         "host": platform.node(),
         "platform": platform.platform(),
