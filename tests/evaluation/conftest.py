@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_pair
+from harness import make_pair
 
 
 def move(model: torch.nn.Module, seed: int = 0) -> None:

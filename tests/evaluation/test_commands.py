@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CommandLine, make_pair
 from dpo_lora.checkpoints import at_step
 from dpo_lora.evaluation.samples import repetition
 from dpo_lora.files import read_jsonl
+from harness import CommandLine, make_pair
 
 LEARNS = "train.learning_rate=1e-2"
 

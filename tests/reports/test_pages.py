@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from conftest import CommandLine
 from dpo_lora.files import append_jsonl, write_json
 from dpo_lora.reports import index, report
 from dpo_lora.reports.difference import differing
 from dpo_lora.reports.pages import safe_link
 from dpo_lora.rundir import RunDir
+from harness import CommandLine
 
 HOSTILE = "</style></script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
