@@ -39,7 +39,7 @@ class SweepDir:
     """The files of one sweep. :meth:`claim` holds its lock; :func:`find` does not."""
 
     path: Path
-    _lock: FileLock = field(init=False, repr=False)
+    _lock: FileLock = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._lock = FileLock(self.path / ".lock", timeout=_PATIENCE)
