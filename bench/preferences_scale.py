@@ -28,7 +28,7 @@ WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r
 
 
 def write(path: Path, count: int) -> None:
-    """Pairs of 10 to 40 words a text, no two alike, some faulty."""
+    """Pairs of 5 to 15 words a text, no two alike; one in 1,000 has an empty side, one in 500 comes twice."""
     made = random.Random(0)
 
     def text(least: int, most: int) -> str:
@@ -36,11 +36,11 @@ def write(path: Path, count: int) -> None:
 
     with path.open("w", encoding="utf-8") as file:
         for n in range(count):
-            chosen = text(10, 40) if n % 1000 else ""
+            chosen = text(5, 15) if n % 1000 else ""
             row = {
-                "prompt": [{"role": "user", "content": f"{text(10, 20)} {n}?"}],
+                "prompt": [{"role": "user", "content": f"{text(6, 12)} {n}?"}],
                 "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": text(10, 40)}],
+                "rejected": [{"role": "assistant", "content": text(5, 15)}],
             }
             line = json.dumps(row) + "\n"
             file.write(line)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CommandLine, make_pair
 from dpo_lora import checkpoints
 from dpo_lora.rundir import FAILED, RunDir
+from harness import CommandLine, make_pair
 
 
 def replaced(overrides: list[str], *words: str) -> list[str]:

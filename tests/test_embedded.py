@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from conftest import CommandLine
 from dpo_lora.rundir import FINISHED, RunDir
+from harness import CommandLine
 
 
 @pytest.mark.embedded

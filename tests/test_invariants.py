@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import CommandLine
 from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import RunDir
+from harness import CommandLine
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:

@@ -13,9 +13,9 @@ from typing import get_type_hints
 import pytest
 import trl
 
-from conftest import ROOT, CommandLine, dpo_lora
 from dpo_lora.schema import DpoSettings, RunSettings
 from dpo_lora.settings import fingerprint, from_plain, plain, setting_names
+from harness import ROOT, CommandLine, dpo_lora
 
 TYPOS = [
     (["dpo.betta=1"], "dpo.beta"),

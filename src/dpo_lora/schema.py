@@ -96,6 +96,21 @@ class ModelSettings:
 
 
 @dataclass
+class ColumnSettings:
+    """The source's names for what we call so; None: by our name, or a known alias."""
+
+    prompt: str | None = MISSING
+    chosen: str | None = MISSING
+    rejected: str | None = MISSING
+    system: str | None = MISSING
+    tools: str | None = MISSING
+    responses: str | None = MISSING  # a list of answers
+    scores: str | None = MISSING  # of the responses, in their order; higher is better
+    id: str | None = MISSING
+    topic: str | None = MISSING
+
+
+@dataclass
 class LintSettings:
     # Share of the rows, by kind of finding, above which training refuses; None: never.
     limits: dict[str, float | None] = MISSING
@@ -118,7 +133,7 @@ class DataSettings:
     max_heldout: int | None = MISSING
     max_length: int = MISSING  # tokens of prompt + answer kept, from the start
     mix: list[dict[str, Any]] = MISSING  # several sources; each item sets path and what differs from the above
-    columns: dict[str, str] = MISSING  # our column name -> the source's, e.g. {prompt: question}
+    columns: ColumnSettings = MISSING
     filter: list[dict[str, Any]] = MISSING  # rules {column, op, value} that a row must all meet
     pairing: Pairing = MISSING
     plain_text: PlainText = MISSING

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, CommandLine, dpo_lora
 from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import RunDir
+from harness import ROOT, CommandLine, dpo_lora
 
 FAST = ["train.learning_rate=1e-2"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_pair
+from harness import make_pair
 
 
 def move(model: torch.nn.Module, seed: int = 0) -> None:
@@ -35,7 +35,8 @@ def make_trainer(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
     from dpo_lora.dpo.arguments import arguments
     from dpo_lora.dpo.trainer import PairTrainer
     from dpo_lora.evaluation.record import Record
-    from dpo_lora.preferences import tokens
+    from dpo_lora.preferences.shapes.pair import Pair
+    from dpo_lora.preferences.tokens import Encoder
     from dpo_lora.rundir import RunDir
 
     def make(pairs: list[dict], *overrides: str, moved: bool = True) -> Any:
@@ -43,8 +44,20 @@ def make_trainer(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
         run = settings.composed([*base, *overrides])
         machine = device.choose(run.train, run.seed)
         loaded = model.load(run.model, machine)
-        rows, dropped = tokens.tokenise(datasets.Dataset.from_list(pairs), loaded.tokenizer, run.data.max_length)
-        assert not dropped
+        written = [Pair(p["prompt"], p["chosen"], p["rejected"]) for p in pairs]
+        encoded = Encoder(loaded.tokenizer, run.data.max_length, ()).encode(written)
+        rows = datasets.Dataset.from_list(
+            [
+                {
+                    "id": pair["id"],
+                    "topic": pair["topic"],
+                    "prompt_ids": e.prompt,
+                    "chosen_ids": e.chosen,
+                    "rejected_ids": e.rejected,
+                }
+                for pair, e in zip(pairs, encoded, strict=True)
+            ]
+        )
         (tmp_path / "run").mkdir(exist_ok=True)
         trainer = PairTrainer(
             run=run,

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CommandLine, make_pair
 from dpo_lora.evaluation.figures import figures
 from dpo_lora.files import read_jsonl
+from harness import CommandLine, make_pair
 
 sys.path.insert(0, str(Path(__file__).parent))
 import recompute  # the second program; needs no project

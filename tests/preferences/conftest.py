@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,20 @@ def tokenizer(tiny_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
+@functools.cache
+def _preset(name: str) -> DataSettings:
+    return composition.compose([f"data={name}", "data.path=it"]).data
+
+
 @pytest.fixture
 def settings() -> Callable[..., DataSettings]:
-    """Data settings as the command line composes them: ``settings("data.drop=[truncated]", data="local")``."""
+    """A data preset's settings with some changed: ``settings(path, drop=["truncated"], data="local")``."""
 
-    def compose(*overrides: str, data: str = "local") -> DataSettings:
-        return composition.compose([f"data={data}", *overrides]).data
+    def change(path: Path | None, data: str = "local", **changes: Any) -> DataSettings:
+        found = copy.deepcopy(_preset(data))
+        for name, value in {"path": None if path is None else str(path), **changes}.items():
+            old = getattr(found, name)
+            setattr(found, name, dataclasses.replace(old, **value) if dataclasses.is_dataclass(old) else value)
+        return found
 
-    return compose
+    return change

@@ -12,6 +12,7 @@ import pytest
 QUIET = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--virtual-time-budget=4000",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
 ]  # fmt: skip
 
 
@@ -41,15 +42,6 @@ class Browser:
         """What the page wrote to the console, errors and refusals included."""
         lines = self._run(page, "--dump-dom", "--enable-logging=stderr", "--v=0").stderr.splitlines()
         return "\n".join(line for line in lines if "CONSOLE" in line)
-
-    def requests(self, page: Path) -> list[str]:
-        """Every address that the page asked for, besides itself."""
-        log = self.scratch / f"net-{self.count}.json"
-        self._run(page, "--dump-dom", f"--log-net-log={log}")
-        import re
-
-        found = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text(errors="replace")))
-        return sorted(found)
 
 
 @pytest.fixture

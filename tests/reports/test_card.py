@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from conftest import CommandLine
 from dpo_lora.reports import card
 from dpo_lora.rundir import RunDir
+from harness import CommandLine
 
 
 def front_matter(text: str) -> dict:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conftest import dpo_lora
+from harness import dpo_lora
 
 ORDER = ("fine", "raises", "killed", "exits", "hangs", "segfaults", "fine")
 

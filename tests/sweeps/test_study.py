@@ -16,9 +16,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from conftest import dpo_lora
 from dpo_lora.errors import UserError
 from dpo_lora.sweeps import space
+from harness import dpo_lora
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from dpo_lora.errors import UserError, nearest
 from dpo_lora.preferences.shapes.filters import Rule, rules
-from dpo_lora.schema import DataSettings, DataSource
+from dpo_lora.schema import ColumnSettings, DataSettings, DataSource
 
 TRAIN, HELDOUT, UNDECIDED = 0, 1, 2  # where a row goes; undecided rows are placed by their prompt
 
@@ -64,6 +64,9 @@ def _checked(item: dict[str, Any], number: int) -> dict[str, Any]:
         value = item.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
             raise UserError(f"{where}.{key}={value} cannot be: a number above 0.")
+    for name in item.get("columns", {}):
+        if name not in (known := [field.name for field in fields(ColumnSettings)]):
+            raise UserError(f"{where}.columns: {name!r} is no column of ours; there are {', '.join(known)}.")
     if item.get("source") is not None and item["source"] not in DataSource.__members__:
         raise UserError(f"{where}.source={item['source']} is none of {', '.join(DataSource.__members__)}.")
     return {"name": item["path"].rstrip("/").rsplit("/", 1)[-1], **item}
@@ -77,7 +80,7 @@ def _of(data: DataSettings, item: dict[str, Any]) -> list[Part]:
         "path": item["path"],
         "revision": item.get("revision", data.revision),
         "subset": item.get("subset", data.subset),
-        "columns": dict(item.get("columns", data.columns)),
+        "columns": {k: v for k, v in {**vars(data.columns), **item.get("columns", {})}.items() if v is not None},
         "filter": tuple(rules(list(item.get("filter", data.filter)))),
         "weight": item.get("weight"),
         "max_pairs": item.get("max_pairs"),

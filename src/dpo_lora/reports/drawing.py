@@ -50,7 +50,7 @@ def curves(
         level: a dashed horizontal line to compare with.
     """
     lines = [line for line in lines if len(line.x)]
-    if not lines:
+    if not any(len(line.x) > 1 for line in lines):
         return None
     with _axes(title) as (axes, finish):
         for colour, line in zip(SERIES, lines, strict=False):

@@ -75,6 +75,7 @@ def read(paths: list[Path]) -> Iterator[Batch]:
     for path in paths:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty.")
+        textfiles.check(path)
         suffix = _suffix(path)
         assert suffix is not None
         yield from READERS[suffix](path)

@@ -52,6 +52,18 @@ class _Bounded(io.RawIOBase):
         super().close()
 
 
+def check(path: Path) -> None:
+    """Unpack a gzipped file once, keeping nothing: a bomb is refused before any of its rows is worked on.
+
+    Raises:
+        UserError: it unpacks to more than a sane multiple of its size, or is broken.
+    """
+    if path.suffix == ".gz":
+        with _opened(path) as stream:
+            while stream.read(_CHUNK):
+                pass
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
@@ -130,6 +142,8 @@ def _elements(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Any, int]]:
             value, end = decoder.raw_decode(buffer)
             whole = ended or end < len(buffer)  # a number at the end may go on in the next chunk
         except json.JSONDecodeError as error:
+            if ended and not buffer:
+                raise UserError(f"{path}: the list of rows is never closed; was the file cut off?") from error
             if ended:
                 raise UserError(f"{place}: broken JSON: {error.msg}. Was the file cut off?") from error
             whole = False
@@ -149,8 +163,6 @@ def _elements(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, Any, int]]:
             raise UserError(f"{path}: not UTF-8 after row {number} ({error.reason}). Save it as UTF-8.") from error
         ended = not more
         buffer += more
-        if ended and not buffer.strip(separators):
-            raise UserError(f"{path}: the list of rows is never closed; was the file cut off?")
 
 
 def table(path: Path) -> Iterator[Batch]:
