@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from conftest import CommandLine
 from dpo_lora.evaluation.record import Record
 from dpo_lora.evaluation.scores import PairScores
 from dpo_lora.rundir import RunDir
 from dpo_lora.settings import from_plain
+from harness import CommandLine
 
 
 def test_a_run_killed_after_its_last_evaluation_keeps_all_of_it(
