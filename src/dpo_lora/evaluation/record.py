@@ -39,6 +39,8 @@ class Record:
             saved = json.loads(self.run.eval_file.read_text(encoding="utf-8"))
             self.history = [row for row in saved["history"] if row["step"] <= last_step]
             self._before, self._after, self._best = saved["before"], saved["after"], saved["best"]
+            # A run killed after its last evaluation is not evaluated again.
+            self._file = {name: saved[name] for name in ("baselines", "samples") if name in saved}
             if self._best is not None and self._best["step"] > last_step:
                 self._best = None  # it is evaluated again on the way there
         if self.writes:
