@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu check fix bench
+.PHONY: help setup train test test-slow test-gpu check fix
 
 help:  ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,10 @@ train: $(STAMP)  ## train an adapter on this machine (add overrides with ARGS='d
 	$(BIN)/dpo-lora train $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -n 2 -m 'not gpu and not cluster' $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not gpu and not cluster and not slow' $(ARGS)
+
+test-slow: $(STAMP)  ## run the tests of whole sweeps, minutes each
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

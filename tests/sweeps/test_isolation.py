@@ -11,6 +11,8 @@ import pytest
 
 from harness import dpo_lora
 
+pytestmark = pytest.mark.slow
+
 ORDER = ("fine", "raises", "killed", "exits", "hangs", "segfaults", "fine")
 
 

@@ -20,6 +20,8 @@ from dpo_lora.errors import UserError
 from dpo_lora.sweeps import space
 from harness import dpo_lora
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("typed", "expected"),
