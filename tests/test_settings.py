@@ -130,7 +130,7 @@ def _leaves(schema: type = RunSettings, group: str = "") -> list[tuple[str, str]
 
 
 READ_WHOLE = {"columns"}  # preferences walks over its fields by name
-ROOM_PARTS = {"evaluation": "eval"}
+ROOM_PARTS = {"evaluation": "eval", "sweeps": "sweep"}
 
 
 def test_every_setting_is_read_by_some_line() -> None:
