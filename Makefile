@@ -28,10 +28,10 @@ train: $(STAMP)  ## train an adapter on this machine (add overrides with ARGS='d
 	$(BIN)/dpo-lora train $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -n 2 -m 'not gpu and not cluster and not slow' $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not gpu and not cluster and not slow and not embedded' $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests of whole sweeps, minutes each
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m 'slow or embedded' $(ARGS)
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
