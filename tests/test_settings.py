@@ -107,8 +107,24 @@ def test_help_and_typos_import_nothing_heavy(words: list[str]) -> None:
 def test_help_lists_groups_and_settings() -> None:
     done = dpo_lora("train", "--help")
     assert done.returncode == 0
-    for word in ("sigmoid-norm", "smollm2-135m", "learning_rate", "--cfg job --resolve"):
+    for word in ("sigmoid-norm", "smollm2-135m", "learning_rate", "--cfg job --resolve", 'eval "$(dpo-lora'):
         assert word in done.stdout
+
+
+def test_help_shows_the_run_at_hand_and_presets_of_ones_own(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "ours.yaml").write_text("defaults: [explainer, _self_]\nname: ours\n")
+    outcome = cli("train", "--help", "--config-dir", str(tmp_path), "data=ours", "dpo.beta=0.37")
+    assert outcome.code == 0, outcome.err
+    assert "data: explainer, hh-rlhf, local, mix, orca-dpo, ours, small-talk, ultrafeedback" in outcome.out
+    assert "name: ours" in outcome.out
+    assert "beta: 0.37" in outcome.out
+
+
+def test_help_refuses_a_typo_as_a_run_would(cli: CommandLine) -> None:
+    outcome = cli("train", "--help", "dpo=sigmod")
+    assert outcome.code == 2
+    assert "Did you mean 'sigmoid'" in outcome.err
 
 
 def test_cfg_job_prints_the_seeds_run(cli: CommandLine) -> None:

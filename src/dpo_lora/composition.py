@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lora import usage
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import record_command
 from dpo_lora.resources import conf_dir
@@ -109,7 +110,11 @@ def run_hydra(entry: Callable[[], None], overrides: list[str] | None) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         check_names([word for word in sys.argv[1:] if not word.startswith("-")])
-        entry()
+        flags = get_args_parser().parse_args()
+        if flags.help:
+            print(usage.text(flags.overrides, Path(flags.config_dir) if flags.config_dir else None))  # noqa: T201
+        else:
+            entry()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         refuse(error)
     except ValueError as error:

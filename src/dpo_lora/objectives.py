@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_lora.rundir import RunDir
+if TYPE_CHECKING:
+    from dpo_lora.rundir import RunDir
 
 MAXIMIZE, MINIMIZE = "maximize", "minimize"
 
