@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of lint and split: raise when the same pairs would be judged otherwise
+_VERSION = 2  # of lint and split: raise when the same pairs would be judged otherwise
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def look(
     whole = rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
 
     def write(folder: Path) -> dict[str, Any]:
-        judgement = judge(stores, chosen, data, seed)
+        judgement = judge(stores, whole, chosen, data, seed)
         judgement.train.astype(np.int64).tofile(folder / "train")
         judgement.heldout.astype(np.int64).tofile(folder / "heldout")
         return {"report": report.report(judgement, whole, tokenizer, data), "parts": judgement.figures["parts"]}

@@ -16,7 +16,7 @@ from dpo_lora.errors import UserError
 from dpo_lora.preferences import similarity
 from dpo_lora.preferences.lint import kinds, texts
 from dpo_lora.preferences.parts import HELDOUT, TRAIN, Part
-from dpo_lora.preferences.shapes.pair import Message, Pair, ShapeError, Turns
+from dpo_lora.preferences.shapes.pair import Message, Pair, ShapeError
 from dpo_lora.preferences.shapes.recognise import Row, Shape, recognise, renamed
 from dpo_lora.preferences.sources.rows import Batch, Place
 from dpo_lora.preferences.tokens import Encoded, Encoder
@@ -181,11 +181,8 @@ def _make_chat(pair: Pair) -> None:
 def _columns(recipe: Recipe, found: list[_Found], counts: dict[str, int]) -> Columns:
     lone = [texts.repair(f.pair) for f in found]
     encoded = recipe.encoder.encode([f.pair for f in found])
-    names = [
-        {*texts.faults(f.pair, recipe.encoder.ends), *e.faults, *(["lone_surrogate"] * broken)}
-        for f, e, broken in zip(found, encoded, lone, strict=True)
-    ]
-    asked = [similarity.normalised(_asked(f.pair.prompt)) for f in found]
+    names = [_names(f.pair, recipe.encoder.ends, e, half) for f, e, half in zip(found, encoded, lone, strict=True)]
+    asked = [similarity.normalised(similarity.asked(f.pair.prompt)) for f in found]
     answers = [[similarity.normalised(texts.content(t)) for t in (f.pair.chosen, f.pair.rejected)] for f in found]
     written = [[_hashable(t) for t in (f.pair.prompt, f.pair.chosen, f.pair.rejected)] for f in found]
     values: dict[str, list[int]] = {
@@ -222,14 +219,15 @@ def _columns(recipe: Recipe, found: list[_Found], counts: dict[str, int]) -> Col
     return Columns(rows, columns, counts)
 
 
+def _names(pair: Pair, ends: frozenset[str], encoded: Encoded, has_half_character: bool) -> set[str]:
+    found = {*texts.faults(pair, ends)}
+    if not found & {"empty_side", "wrong_roles"}:  # how a conversation that is none renders says nothing
+        found |= {*encoded.faults}
+    # U+FFFD stands in half a character's place: one fault, not two.
+    return found - {"mojibake"} | {"lone_surrogate"} if has_half_character else found
+
+
 _SIDES = ("prompt", "chosen", "rejected")
-
-
-def _asked(prompt: Turns) -> str:
-    """What is asked: a system prompt shared by thousands of rows makes no two questions alike."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(m["content"] for m in prompt if m["role"] not in ("system", "developer"))
 
 
 def _texts(pair: Pair) -> str:

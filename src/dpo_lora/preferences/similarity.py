@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from rensa import RMinHash
 
+from dpo_lora.preferences.shapes.pair import Turns
+
 BANDS, ROWS = 21, 6
 PLACES = BANDS * ROWS
 _WORD = re.compile(r"\w+")
@@ -28,6 +30,13 @@ def normalised(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(_WORD.findall(text.casefold())) or text.strip()
+
+
+def asked(prompt: Turns) -> str:
+    """What is asked: a system prompt shared by thousands of rows makes no two questions alike."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(m["content"] for m in prompt if m["role"] not in ("system", "developer"))
 
 
 def shingles(text: str) -> list[str]:

@@ -31,7 +31,7 @@ from dpo_lora.resources import cache_dir
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # raise when the same content would be prepared otherwise
+_VERSION = 3  # raise when the same content would be prepared otherwise
 _ROWS, _FACTS = "pairs.arrow", "store.json"
 
 

@@ -12,33 +12,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dpo_lora.preferences import similarity, split
+from dpo_lora.preferences import split
+from dpo_lora.preferences.lint import repeats
+from dpo_lora.preferences.lint.columns import Columns, Flags, flag, usable
 from dpo_lora.preferences.lint.kinds import BIT, ERRORS, bits
 from dpo_lora.preferences.parts import HELDOUT, TRAIN, UNDECIDED, Part
 from dpo_lora.preferences.similarity import Rows
 from dpo_lora.preferences.store import Store
 from dpo_lora.schema import DataSettings
 
-Flags = npt.NDArray[np.uint64]
-
-
-@dataclass
-class Columns:
-    """The columns of several stores as one, read from the disk at each call."""
-
-    stores: Sequence[Store]
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        if len(self.stores) == 1:
-            return self.stores[0].column(name)
-        return np.concatenate([store.column(name) for store in self.stores])
-
-    def sketch(self, name: str) -> similarity.SketchFile:
-        return similarity.SketchFile([store.sketch(name) for store in self.stores])
+_OUTLIER_TIMES = 3  # times the median length, at the least
 
 
 @dataclass
@@ -53,13 +41,19 @@ class Judgement:
     figures: dict[str, Any]
 
 
-def judge(stores: Sequence[Store], parts: Sequence[Part], data: DataSettings, seed: int) -> Judgement:
-    """Find the set's faults, part training from held-out rows, and leave out what cannot or shall not be used."""
+def judge(
+    stores: Sequence[Store], texts: datasets.Dataset, parts: Sequence[Part], data: DataSettings, seed: int
+) -> Judgement:
+    """Find the set's faults, part training from held-out rows, and leave out what cannot or shall not be used.
+
+    Args:
+        texts: every row of ``stores`` (prepare.SCHEMA), in order.
+    """
     columns = Columns(stores)
     faults: Flags = columns["faults"]
-    figures: dict[str, Any] = {"repeated_ids": _repeated(columns["id"])}
-    _duplicates(columns, faults)
-    goes = _part(columns, faults, data, figures)
+    figures: dict[str, Any] = {"repeated_ids": repeats.repeated(columns["id"])}
+    repeats.duplicates(columns, faults)
+    goes = _part(columns, faults, texts, data, figures)
     _outliers(columns, faults, data.lint.outlier)
     out = ERRORS | bits(data.drop) | BIT["prompt_leak"] | BIT["near_prompt_leak"]
     left_out = (faults & np.uint64(out)) != 0
@@ -77,94 +71,37 @@ def judge(stores: Sequence[Store], parts: Sequence[Part], data: DataSettings, se
     return Judgement(faults, goes, left_out, train, heldout, figures)
 
 
-def _flag(faults: Flags, rows: Any, kind: str) -> None:
-    faults[rows] |= np.uint64(BIT[kind])
-
-
-def _usable(faults: Flags) -> Rows:
-    return np.flatnonzero((faults & np.uint64(ERRORS)) == 0)
-
-
-def _repeated(hashes: npt.NDArray[np.uint64]) -> int:
-    hashes.sort()
-    return int(np.count_nonzero(hashes[1:] == hashes[:-1]))
-
-
-def _later(hashes: npt.NDArray[np.uint64]) -> Rows:
-    """Positions whose value came before."""
-    order = np.argsort(hashes, kind="stable").astype(np.int32)
-    ordered = hashes[order]
-    return order[1:][ordered[1:] == ordered[:-1]].astype(np.int64)
-
-
-def _duplicates(columns: Columns, faults: Flags) -> None:
-    rows = _usable(faults)
-    pairs = columns["pair"][rows]
-    _flag(faults, rows[_later(pairs)], "exact_duplicate")
-    turned = columns["turned"][rows]
-    pairs.sort()
-    places = np.minimum(np.searchsorted(pairs, turned), max(len(pairs) - 1, 0))
-    _flag(faults, rows[pairs[places] == turned] if len(rows) else rows, "contradiction")
-
-
-def _part(columns: Columns, faults: Flags, data: DataSettings, figures: dict[str, Any]) -> npt.NDArray[np.uint8]:
+def _part(
+    columns: Columns, faults: Flags, texts: datasets.Dataset, data: DataSettings, figures: dict[str, Any]
+) -> npt.NDArray[np.uint8]:
     prompts, goes = columns["prompt"], columns["goes"]
     ours = bool((goes == UNDECIDED).any())
     goes = split.by_prompt(goes, prompts, data.heldout_share)
-    usable = _usable(faults)
+    rows = usable(faults)
     fit = np.zeros(len(faults), dtype=bool)
-    fit[usable] = True
-    _flag(faults, split.shared_prompts(np.where(fit, goes, UNDECIDED).astype(np.uint8), prompts), "prompt_leak")
-    first, of = _firsts(prompts[usable])
-    figures["prompts"] = len(first)
-    del prompts
-    groups = np.full(len(faults), -1, dtype=np.int32)
-    joined = similarity.Groups(len(faults))
-    if data.near_duplicate is not None:
-        file = columns.sketch("prompt_sketch")
-        for a, b in similarity.near(file, usable[first], data.near_duplicate):
-            for x, y in zip(a.tolist(), b.tolist(), strict=True):
-                joined.join(x, y)
-    groups[usable] = joined.names()[usable[first][of]]
-    del joined, of
+    fit[rows] = True
+    flag(faults, split.shared_prompts(np.where(fit, goes, UNDECIDED).astype(np.uint8), prompts), "prompt_leak")
+    figures["prompts"] = len(np.unique(prompts[rows]))
+    groups = repeats.groups(columns, rows, prompts, texts, data.near_duplicate)
     if data.near_duplicate is not None:
         # Held-out rows of the user's own choice stay; of ours, the training rows do: that loses fewer.
-        aside = HELDOUT if ours else TRAIN
-        leaks = split.straddling(goes, groups, aside)
+        leaks = split.straddling(goes, groups, HELDOUT if ours else TRAIN)
         leaks &= (faults & np.uint64(BIT["prompt_leak"])) == 0
-        _flag(faults, leaks, "near_prompt_leak")
-        _near_pairs(columns, faults, groups, data.near_duplicate)
+        flag(faults, leaks, "near_prompt_leak")
+        repeats.near_pairs(columns, faults, groups, data.near_duplicate)
     return goes
-
-
-def _near_pairs(columns: Columns, faults: Flags, groups: npt.NDArray[np.int32], threshold: float) -> None:
-    """Rows whose prompt and answers are nearly those of an earlier one."""
-    rows = np.flatnonzero((faults & np.uint64(ERRORS | BIT["exact_duplicate"])) == 0)
-    within = groups[rows]
-    # Only prompts that more than one row asks can have any.
-    many = np.bincount(within, minlength=1)[within] > 1 if len(within) else np.zeros(0, dtype=bool)
-    rows, within = rows[many], within[many]
-    if len(rows):
-        for a, b in similarity.near(columns.sketch("answer_sketch"), rows, threshold, within):
-            _flag(faults, np.maximum(a, b), "near_duplicate")
-
-
-def _firsts(prompts: npt.NDArray[np.uint64]) -> tuple[Rows, npt.NDArray[np.int32]]:
-    """The first position of each distinct prompt, and for every position the number of its prompt among them."""
-    _, first, of = np.unique(prompts, return_index=True, return_inverse=True)
-    return first, of.astype(np.int32)
 
 
 def _outliers(columns: Columns, faults: Flags, beyond: float) -> None:
     """Leys et al. 2013: distance from the median in units of the scaled median absolute deviation."""
-    rows = _usable(faults)
+    rows = usable(faults)
     logs = np.log1p((columns["prompt_tokens"] + columns["full_tokens"])[rows].astype(np.float32))
     if not len(rows):
         return
     away = np.abs(logs - np.median(logs))
     spread = 1.4826 * float(np.median(away))
-    if spread > 0:
-        _flag(faults, rows[away > beyond * spread], "length_outlier")
+    # Where all rows are about as long, a little more is many deviations and yet no outlier.
+    flag(faults, rows[away > max(beyond * spread, math.log(_OUTLIER_TIMES))], "length_outlier")
 
 
 def _chosen(

@@ -130,7 +130,7 @@ ROW_KINDS = (
         "answer_in_prompt",
         WARNING,
         "the chosen answer stands word for word in the prompt, the rejected one does not",
-        "The model learns to copy: remove the answer from the prompt.",
+        "The model learns to copy, or to say the same again: remove the answer from the prompt, or drop the row.",
     ),
     Kind(
         "mojibake",
@@ -154,7 +154,7 @@ ROW_KINDS = (
     Kind(
         "length_outlier",
         NOTE,
-        "far longer or shorter than the others (robust z-score of the log length beyond data.lint.outlier)",
+        "three times longer or shorter than most, and a robust z-score of the log length beyond data.lint.outlier",
         "Look at them: often two rows run together, or a broken one.",
     ),
     Kind(
@@ -162,6 +162,12 @@ ROW_KINDS = (
         NOTE,
         "a transcript's turn mark (Human:, Assistant:, ### Response:) stands inside a message",
         "Turns that were not taken apart teach the model to speak for the user.",
+    ),
+    Kind(
+        "sides_alike",
+        NOTE,
+        "chosen and rejected differ in case, spacing or closing punctuation alone",
+        "Little can be learned from it but that mark: data.drop=[sides_alike]",
     ),
 )
 

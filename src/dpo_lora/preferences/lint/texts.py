@@ -39,7 +39,9 @@ _SCRIPTS = {
     "Hangul": re.compile(r"[\uac00-\ud7af]"),
     "Han, kana": re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]"),
 }
-_TURN = re.compile(r"(?:\n\s*| {2,})(?:Human|Assistant|USER|ASSISTANT|### ?(?:Instruction|Response)): ?")
+_TURN = re.compile(r"(?:^|\n\s*| {2,})(?:Human|Assistant|USER|ASSISTANT|### ?(?:Instruction|Response)): ?")
+_MARKS = re.compile(r"[.,;:!?\u2026]+(?=\s|$)")
+_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 _LONG_ANSWER = 40  # characters; shorter answers stand in prompts by right ("Which is larger, A or B?")
 _SCRAP = 2  # words
 
@@ -81,6 +83,8 @@ def faults(pair: Pair, own_end: frozenset[str]) -> Iterator[str]:
         yield "empty_side"
     elif pair.chosen == pair.rejected:
         yield "identical_sides"
+    elif _bare(chosen) == _bare(rejected) and not _calls(pair.chosen) and not _calls(pair.rejected):
+        yield "sides_alike"
     if not prompt.strip():
         yield "empty_prompt"
     if not isinstance(pair.prompt, str):
@@ -104,7 +108,16 @@ def faults(pair: Pair, own_end: frozenset[str]) -> Iterator[str]:
 
 
 def _says(turns: Turns, said: str) -> bool:
-    return bool(said.strip()) or (not isinstance(turns, str) and any(m.get("tool_calls") for m in turns))
+    return bool(said.strip()) or _calls(turns)
+
+
+def _calls(turns: Turns) -> bool:
+    return not isinstance(turns, str) and any(m.get("tool_calls") for m in turns)
+
+
+def _bare(text: str) -> str:
+    """``text`` without case, spacing and the marks that end words; those inside of words (1.5, x-1) count."""
+    return " ".join(_MARKS.sub("", text.translate(_QUOTES)).casefold().split())
 
 
 def _roles(pair: Pair) -> Iterator[str]:
