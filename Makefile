@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-gpu check fix
+.PHONY: help setup train test test-slow test-cluster test-gpu check fix
 
 help:  ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,11 @@ test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -n 2 -m 'not gpu and not cluster and not slow and not embedded' $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests of whole sweeps, minutes each
-	$(BIN)/python -m pytest -m 'slow or embedded' $(ARGS)
+	$(BIN)/python -m pytest -m '(slow or embedded) and not cluster' $(ARGS)
+
+test-cluster: $(STAMP)  ## run the tests of sweeps through submitit and on a Ray cluster of this machine
+	$(BIN)/python -m pip install --quiet uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,ray]'
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

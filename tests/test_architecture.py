@@ -27,6 +27,7 @@ ROOMS = {
     "optuna": {"sweeps/study.py", "sweeps/space.py", "sweeps/search.py"},
     "submitit": {"sweeps/slurm.py"},
     "ray": {"sweeps/ray_cluster.py"},
+    "pynvml": {"energy.py"},
     "bitsandbytes": {"model.py"},
     "huggingface_hub": {"model.py", "adapters/push.py"},
 }

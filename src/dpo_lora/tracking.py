@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -112,7 +113,8 @@ def open_tracker(
         settings: the run's settings as plain containers; holds no secrets, since none are settings.
     """
     folder = sweep or run.path
-    name = run.path.name if sweep is None else f"{sweep.name}-{run.path.name}"
+    varied = _varied(run)
+    name = run.path.name if sweep is None else " ".join([*(f"{k}={v}" for k, v in varied.items()), run.path.name[:8]])
     if tracking.kind is TrackerKind.none:
         yield NoTracker()
     elif tracking.kind is TrackerKind.tensorboard:
@@ -136,7 +138,7 @@ def open_tracker(
             name=name,
             tags=list(tracking.tags),
             dir=str(folder),
-            config={"settings": settings},
+            config={"settings": settings, "varied": {name: _number(value) for name, value in varied.items()}},
             mode=mode,
             id=before,
             resume="allow" if before else None,
@@ -145,6 +147,56 @@ def open_tracker(
             wandb_run.define_metric("trainer/step")
             wandb_run.define_metric("*", step_metric="trainer/step")
             yield WandbTracker(wandb_run, mode)
+
+
+def sweep_run(tracking: TrackingSettings, sweep: Path, rows: list[dict[str, Any]], page: Path) -> None:
+    """A sweep's summary as a run of its own in the trials' group: a table with a row a trial, and the report.
+
+    The table's numbers are numbers, so that parallel coordinates can be drawn of it. A sweep that goes
+    on writes into the same run, online as after ``wandb sync``. Without W&B as the tracker, nothing.
+
+    Args:
+        rows: one a trial, all with the same names.
+        page: the sweep's report.html.
+    """
+    if tracking.kind is not TrackerKind.wandb or not rows:
+        return
+    import wandb
+
+    with wandb.init(
+        project=tracking.project,
+        entity=tracking.entity,
+        group=tracking.group or sweep.name,
+        job_type="sweep",
+        name=sweep.name,
+        id=f"{sweep.name}-summary",
+        resume="allow",
+        tags=list(tracking.tags),
+        dir=str(sweep),
+        mode=_wandb_mode(tracking.mode),
+        settings=wandb.Settings(silent=True, console="off"),
+    ) as run:
+        data = [[_number(value) for value in row.values()] for row in rows]
+        run.log({"trials": wandb.Table(columns=[*rows[0]], data=data, allow_mixed_types=True)})
+        run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+
+
+def _varied(run: RunDir) -> dict[str, str]:
+    """What a sweep varies in this trial; empty for a run of its own."""
+    try:
+        return dict(json.loads((run.path / "trial.json").read_text(encoding="utf-8"))["varied"])
+    except FileNotFoundError:
+        return {}
+
+
+def _number(value: Any) -> Any:
+    """A number for text that is one: an axis needs numbers."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _wandb_mode(wanted: TrackerMode) -> Any:

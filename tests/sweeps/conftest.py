@@ -1,4 +1,4 @@
-"""Base models whose own code misbehaves while it is loaded: faults that need no hook in the program."""
+"""Base models whose own code misbehaves while it is loaded, and trials that take no time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from sweeps.instant import InstantProcesses, World
 
 FAULTS = {
     "fine": None,
@@ -44,3 +46,20 @@ def models(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return folder
 
     return make
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """Sweeps on the local launcher whose trials take no time."""
+    world = World()
+    monkeypatch.setattr("dpo_lora.sweeps.processes.LocalProcesses", lambda slots: InstantProcesses(world, slots))
+    return world
+
+
+@pytest.fixture
+def sweep_words(tmp_path: Path) -> list[str]:
+    """A sweep's command line but for what it varies; its model and data are never read."""
+    return [
+        "train", "-m", "model=hub", "model.name=none", "data=local", "data.path=none.jsonl", "tracking=none",
+        "train=cpu", "train.max_steps=10", "sweep.slots=1", f"outputs={tmp_path / 'outputs'}",
+    ]  # fmt: skip

@@ -121,9 +121,14 @@ def _costs(facts: dict[str, Any], finished: list[dict[str, Any]]) -> list[tuple[
 
     counts = ", ".join(f"{number} {name}" for name, number in facts["counts"].items())
     peak = max((t["figures"]["peak_memory_bytes"] for t in finished), default=0)
+    sittings = facts.get("sittings", [])  # a sweep that was never gone on with may be older than they are
+    known = [s["energy_joules"] for s in sittings if s["energy_joules"] is not None]
+    energy = f"{sum(known) / 3.6e6:.3g} kWh of the devices it ran on" if known else "not told by this machine's devices"
     return [
         ("Trials", counts),
+        ("From start to end", " + ".join(f"{s['seconds']:.0f} s, {s['slots']} at a time" for s in sittings)),
         ("Trials' time, added up", f"{total('seconds'):.0f} s"),
+        ("Energy", energy),
         ("Tokens trained on", f"{total('tokens'):,.0f}"),
         ("Highest memory of one trial", f"{peak / 2**30:.2f} GiB"),
     ]

@@ -82,6 +82,9 @@ class ClusterProcesses(ABC):
             message.write_text(str(int(number)), encoding="utf-8")
             message.replace(self._control(job) / "signal")
 
+    def energy(self) -> float | None:
+        return None  # of other machines, this one knows nothing
+
     def close(self) -> None:
         for job in self._handles:
             self.signal(job, signal.SIGKILL)

@@ -51,9 +51,13 @@ def main() -> int:
 def _import_stack() -> None:
     import transformers.models.auto  # noqa: F401
 
-    from dpo_lora import device, lifecycle, lineage, lora, model, tracking, train, training  # noqa: F401
+    from dpo_lora import device, lifecycle, lineage, lora, model, settings, tracking, train, training  # noqa: F401
     from dpo_lora.preferences import pairs  # noqa: F401
+    from dpo_lora.reports import drawing, report  # noqa: F401
     from dpo_lora.sweeps import shared, worker  # noqa: F401
+
+    drawing.intervals("", [("", 0.0, 0.0, 0.0)], unit="")  # the first one loads matplotlib and its fonts
+    settings.defaults()  # composed once, for every trial's report
 
 
 def _die_with(parent: int) -> None:
@@ -139,7 +143,8 @@ def _child(request: dict[str, Any]) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    os.environ.update(request["env"])
+    threads = str(request["threads"])
+    os.environ.update(request["env"], OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
     import torch
 
     torch.set_num_threads(request["threads"])

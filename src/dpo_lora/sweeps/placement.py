@@ -26,9 +26,8 @@ class Slot:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a trial's process is told: its GPU alone, its share of the threads."""
-        threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        return threads if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu, **threads}
+        """What a trial's process is told: its GPU alone."""
+        return {} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu}
 
 
 def slots(sweep: SweepSettings, device: Device, trials: int) -> list[Slot]:

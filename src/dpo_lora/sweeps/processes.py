@@ -9,11 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo_lora.energy import Meter, meter
 from dpo_lora.sweeps.placement import Slot
+
+_READ_EVERY = 60.0  # seconds; a processor's counter of energy wraps in minutes
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Job:
     path: Path
     log: Path
     kind: str = "trial"  # or "shared"
+    alone: bool = False  # nothing else runs meanwhile: it may take the threads of every slot
 
 
 class Processes(Protocol):
@@ -43,6 +48,9 @@ class Processes(Protocol):
     def signal(self, job: str, number: int) -> None:
         """Tell a job's processes; one that has ended is left in peace."""
 
+    def energy(self) -> float | None:
+        """Joules that the devices have taken since this was made; None where they do not say."""
+
     def close(self) -> None:
         """Leave nothing running."""
 
@@ -57,6 +65,11 @@ class LocalProcesses:
     _server: subprocess.Popen[bytes] | None = None
     _connection: socket.socket | None = None
     _buffer: bytes = b""
+    _meter: Meter = field(init=False)
+    _read: float = field(default_factory=time.monotonic)  # when the meter was last read
+
+    def __post_init__(self) -> None:
+        self._meter = meter(list(dict.fromkeys(slot.gpu for slot in self.slots if slot.gpu is not None)))
 
     def free(self) -> int:
         return len(self.slots) - len(self._taken)
@@ -72,12 +85,16 @@ class LocalProcesses:
             "threads": slot.threads,
             "env": slot.environment,
         }
+        if job.alone:
+            request["threads"] = sum(s.threads for s in self.slots)
         self._send(request)
 
     def has_begun(self, job: str) -> bool:
         return job in self._begun
 
     def poll(self, seconds: float) -> list[tuple[str, int]]:
+        if time.monotonic() - self._read > _READ_EVERY:
+            self.energy()
         if self._connection is None:
             return []
         readable, _, _ = select.select([self._connection], [], [], seconds)
@@ -101,6 +118,10 @@ class LocalProcesses:
     def signal(self, job: str, number: int) -> None:
         if job in self._taken:
             self._send({"signal": job, "number": number})
+
+    def energy(self) -> float | None:
+        self._read = time.monotonic()
+        return self._meter.joules()
 
     def close(self) -> None:
         if self._connection is not None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Protocol
 
 from dpo_lora.files import write_json
 from dpo_lora.rundir import FAILED, FINISHED
 from dpo_lora.schema import Retry, SweepSettings
-from dpo_lora.settings import from_plain
 from dpo_lora.sweeps import endings, shared
 from dpo_lora.sweeps.directory import SweepDir
 from dpo_lora.sweeps.processes import Job, Processes
@@ -88,30 +89,68 @@ class Queue:
         self._tried: set[str] = set()  # trials that this call has run: a failed one is retried once, not for ever
         self._hurry = False
 
-    def prepare(self, trials: list[Trial]) -> None:
-        """Do the work that ``trials`` share, once, before any starts; its failure is for the trials to tell."""
-        needed = {shared.key(t.settings): t for t in trials if self._kept(t) is None}
-        groups = [t for t in needed.values() if shared.is_needed(from_plain(t.settings))]
+    def prepare(self, trials: list[Trial], expected: int) -> None:
+        """Do the work that several trials share, once, before any starts; its failure is for the trials to tell.
+
+        Args:
+            trials: those known now.
+            expected: trials in all; a study's later ones share with the first.
+        """
+        groups: dict[str, list[Trial]] = {}
+        for trial in trials:
+            if self._kept(trial) is None:
+                groups.setdefault(shared.key(trial.settings), []).append(trial)
+        unknown = expected - len(trials)
+        several = {name: group[0] for name, group in groups.items() if len(group) + unknown > 1}
+        jobs = [self._shared(name, trial) for name, trial in several.items()]
+        jobs = [replace(job, alone=len(jobs) == 1) for job in jobs if not job.path.with_suffix(".done").exists()]
+        if jobs:
+            self.watcher.say("Preparing once what the trials share: base model, pairs, reference ...")
+        with self._listening():
+            self._prepare(jobs)
+
+    def _shared(self, name: str, trial: Trial) -> Job:
         folder = self.sweep.path / ".shared"
-        for number, trial in enumerate(groups):
-            folder.mkdir(exist_ok=True)
-            job = Job(f"shared-{number}", folder / f"{number}.json", folder / "output.log", kind="shared")
-            write_json(job.path, trial.settings)
-            self.watcher.say(f"Preparing what the trials share ({number + 1} of {len(groups)}) ...")
-            self.processes.start(job)
-            while not (ended := self.processes.poll(_TICK)):
-                pass
-            if ended[0][1]:
-                self.watcher.say("\n".join(["Preparing failed:", *endings.last_lines(job.log, 3)]))
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{name}.json", trial.settings)
+        return Job(f"shared-{name}", folder / f"{name}.json", folder / "output.log", kind="shared")
+
+    def _prepare(self, waiting: list[Job]) -> None:
+        running: dict[str, Job] = {}
+        begun: dict[str, float] = {}
+        while running or (waiting and self.stopped is None):
+            while waiting and self.stopped is None and self.processes.free() > 0:
+                job = waiting.pop(0)
+                running[job.id] = job
+                self.processes.start(job)
+            for name, code in self.processes.poll(_TICK):
+                job = running.pop(name)
+                if code == 0:
+                    job.path.with_suffix(".done").touch()
+                elif self.stopped is None:
+                    self.watcher.say("\n".join(["Preparing failed:", *endings.last_lines(job.log, 3)]))
+            for name in running:
+                if self.processes.has_begun(name):
+                    begun.setdefault(name, time.monotonic())
+                limit = self.settings.trial_timeout
+                is_late = limit is not None and time.monotonic() - begun.get(name, math.inf) > limit
+                if self.stopped is not None or is_late:  # caches are whole or absent: nothing to finish in order
+                    self.processes.signal(name, signal.SIGKILL)
 
     def run(self, source: Source) -> None:
         """Run trials until the source is done or a signal stops the sweep; every slot is empty then."""
-        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with self._listening():
             while self._running or not (self.stopped or source.is_done()):
                 if self.stopped is None:
                     self._fill(source)
                 self._step(source)
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Signals stop the sweep in order."""
+        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

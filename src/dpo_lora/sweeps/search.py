@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,26 @@ def check(known: dict[str, BaseDistribution], settings: StudySettings, sweep: Sw
         raise UserError("A pruner judges at evaluations during training: set eval.every to a number of steps.")
 
 
+def combinations(known: dict[str, BaseDistribution]) -> list[dict[str, Any]]:
+    """Every combination of the values searched, the last name's changing fastest.
+
+    Raises:
+        UserError: a continuous interval, which has no last value.
+    """
+    lists = []
+    for name, dist in known.items():
+        if isinstance(dist, optuna.distributions.CategoricalDistribution):
+            lists.append(list(dist.choices))
+        elif isinstance(dist, optuna.distributions.IntDistribution) and not dist.log:
+            lists.append(list(range(dist.low, dist.high + 1, dist.step)))
+        else:
+            raise UserError(
+                f"hydra.sweeper.sampler=grid cannot try every {name} of an interval: list values, such as "
+                f"{name}=0.05,0.1, or choose another sampler."
+            )
+    return [dict(zip(known, values, strict=True)) for values in itertools.product(*lists)]
+
+
 def sampler(settings: StudySettings, seed: int) -> optuna.samplers.BaseSampler:
     """The sampler that draws one trial: seeded for it alone, so that a resumed study draws the same."""
     seed %= 2**32
@@ -89,8 +110,7 @@ def sampler(settings: StudySettings, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
     if settings.sampler == "cmaes":
         return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
-    if settings.sampler == "grid":
-        return optuna.samplers.BruteForceSampler(seed=seed)
+    # A grid's trials are laid out beforehand: nothing is left to draw.
     return optuna.samplers.RandomSampler(seed=seed)
 
 

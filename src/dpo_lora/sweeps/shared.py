@@ -1,37 +1,64 @@
-"""What all trials of a sweep need and one of them would otherwise compute for all: done before they fan out."""
+"""What several trials of a sweep need and one of them would otherwise compute for all: done before they fan out.
+
+The base model is fetched and converted, the pairs are read, checked and tokenised, and the
+reference's log-probabilities are computed, each into the cache that every run reads. With nothing else running
+the one pass has the whole machine; a trial would make the others wait for it on its share.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from dpo_lora.errors import UserError
-from dpo_lora.schema import ModelSource, RunSettings
+from dpo_lora.schema import RunSettings
 from dpo_lora.settings import from_plain
 
 
 def key(settings: dict[str, Any]) -> str:
-    """Equal for plain settings that share all that :func:`prepare` makes: the same model, the same data."""
+    """16 hex digits, equal for plain settings that share all that :func:`prepare` makes: model, pairs, reference."""
     parts = {name: settings[name] for name in ("model", "data", "parent")}
-    # The seed chooses the pairs where only some are kept.
-    if settings["data"]["max_pairs"] is not None or settings["data"]["max_heldout"] is not None:
-        parts["seed"] = settings["seed"]
-    return json.dumps(parts, sort_keys=True)
-
-
-def is_needed(settings: RunSettings) -> bool:
-    """Whether :func:`prepare` has anything to do: a process for nothing would cost a second."""
-    return settings.model.source is ModelSource.embedded
+    parts |= {name: settings["train"][name] for name in ("device", "dtype", "engine", "reference_cache")}
+    data = settings["data"]
+    if data["mix"] or data["max_pairs"] is not None or data["max_heldout"] is not None:
+        parts["seed"] = settings["seed"]  # it chooses the pairs where only some are kept
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prepare(settings: RunSettings) -> None:
-    """Fetch and convert the base model of one group of trials; each trial then finds it in the cache."""
-    if settings.model.source is ModelSource.embedded:
-        from dpo_lora import embedded
+    """Fill the caches for one group of trials.
 
-        embedded.ensure()
+    Raises:
+        UserError: as a trial of the group would.
+    """
+    from dpo_lora import device, lineage, lora, model
+    from dpo_lora.dpo.arguments import arguments
+    from dpo_lora.dpo.trainer import PairTrainer
+    from dpo_lora.preferences import pairs as preferences
+
+    machine = device.choose(settings.train, settings.seed)
+    parent = lineage.resolve(settings.parent, Path(settings.outputs))
+    base = model.load(settings.model, machine)
+    pairs = preferences.load(settings.data, base.tokenizer, settings.seed, stop_ids=base.stop_ids)
+    policy = base.model if parent is None else lineage.adapter(parent, base.model, base.identity)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = PairTrainer(
+            run=settings,
+            model=policy,
+            peft_config=lora.config(settings.lora, base.model) if parent is None else None,
+            args=arguments(settings, machine, Path(scratch), len(pairs.train)),
+            tokenizer=base.tokenizer,
+            train_rows=pairs.train,
+            heldout_rows=pairs.heldout,
+            binding={},
+            record=None,
+            sampler=None,
+        )
+        trainer.prepare_reference(base.identity["weights"])
 
 
 def run(path: Path) -> int:

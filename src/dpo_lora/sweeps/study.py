@@ -25,8 +25,8 @@ from dpo_lora.sweeps import judge, search, space
 from dpo_lora.sweeps.sweep import Sweep, objective
 from dpo_lora.sweeps.trial import PRUNED, Outcome, Trial, read_all
 
-# Kept beside an Optuna trial: why it does not count, or where it came from.
-_VOID, _REASON, _FROM = "void", "reason", "from"
+# Kept beside an Optuna trial: why it does not count, why it failed, where it came from, which one it replaces.
+_VOID, _REASON, _FROM, _INSTEAD_OF = "void", "reason", "from", "instead of"
 
 
 class Study:
@@ -49,6 +49,9 @@ class Study:
         )
         self._settings_of: dict[int, list[Trial]] = {}  # Optuna's number -> the trials of that setting
         self._waiting: list[Trial] = []
+        self.total = settings.trials
+        if settings.sampler == "grid":
+            self._lay_out(search.combinations(self.space))
         self._import(settings.warm_start)
         if sweep.settings.retry is Retry.failed:
             self._retry()
@@ -65,7 +68,7 @@ class Study:
 
     def is_done(self) -> bool:
         open_numbers = {t.number for t in self._counted() if t.state is TrialState.RUNNING}
-        enough = len(self._counted()) >= self.settings.trials
+        enough = len(self._counted()) >= self.total
         return enough and not self._waiting and open_numbers <= set(self._settings_of)
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
@@ -88,7 +91,9 @@ class Study:
         return hopeless
 
     def known(self) -> list[Trial]:
-        """Trials to prepare shared work for: the fixed settings, where they alone can be composed."""
+        """Trials to prepare shared work for: the fixed settings, where all trials have their model and data."""
+        if any(name.split(".", 1)[0] in ("model", "data", "parent", "seed") for name in self.space):
+            return []
         try:
             return self.sweep.compose(self.fixed)[:1]
         except UserError:
@@ -114,10 +119,14 @@ class Study:
     def _counted(self) -> list[FrozenTrial]:
         """Trials of this study's own total: none that was replaced, cut off unborn, or imported."""
         known = self.study.get_trials(deepcopy=False)
+        replaced = {t.user_attrs.get(_INSTEAD_OF) for t in known}
         return [
             t
             for t in known
-            if t.state is not TrialState.WAITING and _VOID not in t.user_attrs and _FROM not in t.user_attrs
+            if t.state is not TrialState.WAITING
+            and t.number not in replaced
+            and _VOID not in t.user_attrs
+            and _FROM not in t.user_attrs
         ]
 
     def _state(self, number: int) -> TrialState:
@@ -135,7 +144,7 @@ class Study:
 
     def _draw(self) -> int | None:
         ordinal = len(self._counted())
-        if ordinal >= self.settings.trials:
+        if ordinal >= self.total:
             return None
         self.study.sampler = search.sampler(self.settings, self.settings.seed + 1_000_003 * ordinal)
         return self.study.ask(fixed_distributions=self.space).number
@@ -191,8 +200,15 @@ class Study:
         """Queue the failed settings again; what replaces a failed trial counts in its stead."""
         for t in self._counted():
             if t.state is TrialState.FAIL:
-                self._set(t.number, _VOID, "tried again")
-                self.study.enqueue_trial(t.params)
+                self.study.enqueue_trial(t.params, user_attrs={_INSTEAD_OF: t.number})
+
+    def _lay_out(self, combinations: list[dict[str, Any]]) -> None:
+        """Queue every combination, in order, once for good."""
+        self.total = min(self.total, len(combinations))
+        known = [t.system_attrs.get("fixed_params", t.params) for t in self.study.get_trials(deepcopy=False)]
+        for params in combinations:
+            if params not in known:
+                self.study.enqueue_trial(params)
 
     def _import(self, folders: list[str]) -> None:
         """Finished trials of earlier sweeps, as far as their values lie in the space, once each."""

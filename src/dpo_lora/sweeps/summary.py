@@ -111,15 +111,31 @@ def write(sweep: SweepDir, facts: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
+def table_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a trial: its settings that vary, its status, its figures; None where it has none."""
+    rows = []
+    for line in summary["trials"]:
+        known = line.get("figures", {})
+        varied = {name: line["varied"].get(name) for name in summary["varies"]}
+        measured = {name: known.get(name) for name in _FIGURES}
+        rows.append(
+            {
+                "trial": line["id"],
+                **varied,
+                "seed": line["seed"],
+                "status": line["status"],
+                **measured,
+                "reason": line["reason"],
+            }
+        )
+    return rows
+
+
 def _csv(summary: dict[str, Any]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["trial", *summary["varies"], "seed", "status", *_FIGURES, "reason"])
-    for line in summary["trials"]:
-        known = line.get("figures", {})
-        varied = [line["varied"].get(name, "") for name in summary["varies"]]
-        measured = [known.get(name, "") for name in _FIGURES]
-        table.writerow([line["id"], *varied, line["seed"], line["status"], *measured, line["reason"] or ""])
+    table.writerows(["" if v is None else v for v in row.values()] for row in table_rows(summary))
     return text.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from dpo_lora import rules
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import command
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, now
-from dpo_lora.schema import Device, SweepSettings
+from dpo_lora.schema import Device, SweepSettings, TrackingSettings
 from dpo_lora.settings import from_hydra
 from dpo_lora.sweeps import summary, table
 from dpo_lora.sweeps.directory import Identity, SweepDir, same
@@ -26,6 +27,7 @@ from dpo_lora.sweeps.placement import Slot, slots
 from dpo_lora.sweeps.processes import Processes
 from dpo_lora.sweeps.queue import Listed, Queue, Source
 from dpo_lora.sweeps.trial import Trial
+from dpo_lora.tracking import sweep_run
 from dpo_lora.typos import explain
 
 MAX_FAILED_CODE = 100  # exit codes beyond it mean other things to shells
@@ -119,15 +121,19 @@ class Sweep:
         """
         console = table.terminal()
         room = slots(self.settings, Device(self.config.train.device), expected)
+        started, begun = now(), time.monotonic()
         with table.Watch(console, self.directory, len(room)) as watch:
             watch.expected = expected
             watch.say(f"Sweep {self.directory.path}: {expected} trials, {len(room)} at a time")
             processes = start(room, self.directory)
             try:
                 queue = Queue(self.directory, self.settings, processes, watch)
-                queue.prepare(known)
+                queue.prepare(known, expected)
                 queue.run(source)
             finally:
+                sitting = {"started": started, "seconds": round(time.monotonic() - begun, 1)}
+                sittings = self.extra.setdefault("sittings", list(self.directory.summary().get("sittings", [])))
+                sittings.append({**sitting, "slots": len(room), "energy_joules": processes.energy()})
                 processes.close()
         if queue.stopped is not None:
             self.stopped = 128 + queue.stopped
@@ -160,8 +166,11 @@ class Sweep:
         from dpo_lora.reports import sweep as report
 
         facts = self.summarise()
-        report.write(self.directory.path)
+        page = report.write(self.directory.path)
         console = table.terminal()
+        tracking = OmegaConf.to_object(self.config.tracking)
+        assert isinstance(tracking, TrackingSettings)
+        sweep_run(tracking, self.directory.path, summary.table_rows(facts), page)
         if facts["ranking"]:
             console.print()
             console.print(table.ranking_table(facts))
