@@ -144,7 +144,7 @@ def build(folder: Path, facts_name: str, write: Callable[[Path], dict[str, Any]]
     try:
         facts = write(scratch)
         facts["files"] = {p.name: [p.stat().st_size, checksum(p)] for p in sorted(scratch.iterdir())}
-        write_json(scratch / facts_name, facts)
+        write_json(scratch / facts_name, facts | {"digest": _digest(facts)})
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -153,19 +153,28 @@ def build(folder: Path, facts_name: str, write: Callable[[Path], dict[str, Any]]
 
 def verified(folder: Path, facts_name: str) -> dict[str, Any] | None:
     """What ``folder`` says of itself, if every file is there, of its size and with its checksum; else None."""
-    try:
-        facts: dict[str, Any] = json.loads((folder / facts_name).read_text(encoding="utf-8"))
-        for name, (size, digest) in facts["files"].items():
-            path = folder / name
-            if path.stat().st_size != size or checksum(path) != digest:
-                log.warning("%s is damaged (%s) and is made again.", folder, name)
-                return None
-    except FileNotFoundError:
+    told = folder / facts_name
+    if not told.is_file():
         return None
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        log.warning("%s is damaged (%s) and is made again.", folder, facts_name)
+    try:
+        facts: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
+        damaged = None if facts.pop("digest") == _digest(facts) else facts_name
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        damaged = facts_name
+    if damaged is None:
+        damaged = next((name for name, size in facts["files"].items() if not _is_whole(folder / name, *size)), None)
+    if damaged is not None:
+        log.warning("%s is damaged (%s) and is made again.", folder, damaged)
         return None
     return facts
+
+
+def _is_whole(path: Path, size: int, digest: str) -> bool:
+    return path.is_file() and path.stat().st_size == size and checksum(path) == digest
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 def checksum(path: Path) -> str:
