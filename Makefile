@@ -28,10 +28,10 @@ train: $(STAMP)  ## train an adapter on this machine (add overrides with ARGS='d
 	$(BIN)/dpo-lora train $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -n 2 -m 'not gpu and not cluster and not slow and not embedded' $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not gpu and not cluster and not slow' $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests of whole sweeps, minutes each
-	$(BIN)/python -m pytest -m '(slow or embedded) and not cluster' $(ARGS)
+	$(BIN)/python -m pytest -m 'slow and not cluster' $(ARGS)
 
 test-cluster: $(STAMP)  ## run the tests of sweeps through submitit and on a Ray cluster of this machine
 	$(BIN)/python -m pip install --quiet uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,ray]'

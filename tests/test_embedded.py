@@ -16,7 +16,8 @@ from harness import CommandLine
 @pytest.mark.embedded
 @pytest.mark.timeout(900)
 def test_the_default_model_trains_and_its_card_runs(cli: CommandLine, tmp_path: object) -> None:
-    outcome = cli("train", "experiment=smoke", f"outputs={tmp_path}/outputs")
+    shorter = ["eval.samples=1", "eval.sample_tokens=16"]
+    outcome = cli("train", "experiment=smoke", *shorter, f"outputs={tmp_path}/outputs")
     run = RunDir(outcome.run)
     assert re.fullmatch(r"dpo-explainer-lora-output-[0-9]{10}", run.path.name)
     assert run.status() == FINISHED
