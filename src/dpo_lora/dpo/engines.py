@@ -6,8 +6,10 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datasets import Dataset
 
+from dpo_lora.dpo.rows import PairTokens, ReferenceRows, lengths
 from dpo_lora.engine.batching import TokenBudget, why_inseparable
 from dpo_lora.engine.eligibility import Verdict, judge
 from dpo_lora.engine.forward import PackedForward
@@ -26,8 +28,6 @@ log = logging.getLogger(__name__)
 # hundred rows while buffers leave the cache (measured: 640); a GPU is filled until it refuses.
 CPU_TOKENS = (640, 640)
 GPU_TOKENS = (4096, 65536)
-
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's own column names
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def warn_inseparable(run: RunSettings) -> None:
 
 def longest_sequence(rows: Dataset) -> int:
     """Tokens of the longest prompt + answer."""
-    lengths = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
-    return max(len(p) + max(len(c), len(r)) for p, c, r in lengths)
+    prompt, chosen, rejected = lengths(rows).T
+    return int((prompt + np.maximum(chosen, rejected)).max())
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class ReferenceUse:
 
 def attach_reference(
     trainer: PairTrainer, rows: Dataset, weights: str, ld_alpha: float | None
-) -> tuple[Dataset, ReferenceUse]:
-    """``rows`` with the reference's log-probabilities as columns, from the cache or computed into it.
+) -> tuple[ReferenceRows, ReferenceUse]:
+    """``rows`` with the reference's log-probabilities, from the cache or computed into it.
 
     Args:
         weights: fingerprint of the base weights.
@@ -134,15 +134,11 @@ def attach_reference(
         with trainer.accelerator.autocast():
             return compute(part)
 
-    pairs = [_tokens(row) for row in rows]
     about = {"base": run.model.name, "weights": weights, "adapter": adapter, "data": run.data.name}
-    fetched = cache.fetch(scope, pairs, computed, about)
-    sums = [sequence_log_probs(values, ld_alpha) for values in fetched.values]
-    for column, values in zip(REFERENCE, zip(*sums, strict=True), strict=True):
-        rows = rows.add_column(column, list(values))
-    return rows, ReferenceUse(fetched.found, fetched.computed)
+    sums = np.full((len(rows), 2), np.nan)
 
+    def note(number: int, values: LogProbs) -> None:
+        sums[number] = sequence_log_probs(values, ld_alpha)
 
-def _tokens(row: dict[str, Any]) -> Tokens:
-    prompt = row["prompt_ids"]
-    return ([*prompt, *row["chosen_ids"]], len(prompt)), ([*prompt, *row["rejected_ids"]], len(prompt))
+    found, made = cache.visit(scope, PairTokens(rows), computed, note, about)
+    return ReferenceRows(rows, sums), ReferenceUse(found, made)

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.trainer.utils import use_adapter
 
-from dpo_lora.dpo.engines import REFERENCE
+from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, lengths
 from dpo_lora.dpo.saving import WholeCheckpoints
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation.scores import PairScores, pair_hash
@@ -23,7 +23,7 @@ class ExactScoring(WholeCheckpoints):
     """A trainer that scores pairs. Its subclass sets ``run``, ``collate``, ``heldout`` and ``_reference``."""
 
     run: RunSettings
-    heldout: Dataset
+    heldout: Dataset | ReferenceRows
     collate: Any
     _reference: dict[str, tuple[float, ...]]  # reference log-probabilities, by pair_hash
     _is_untrained: bool  # check_start has seen that policy and reference are one, and no step was taken
@@ -31,7 +31,7 @@ class ExactScoring(WholeCheckpoints):
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {k: v.to(self.args.device) for k, v in self.collate(rows).items()}
 
-    def score(self, rows: Dataset, *, untrained: bool = False) -> PairScores:
+    def score(self, rows: Dataset | ReferenceRows, *, untrained: bool = False) -> PairScores:
         """Log-probabilities of every pair's answers under policy and reference, without dropout.
 
         Args:
@@ -45,7 +45,8 @@ class ExactScoring(WholeCheckpoints):
         mine = list(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
         found: list[tuple[int, tuple[float, ...]]] = []
         # Longest first: the first batch already needs the most memory.
-        mine.sort(key=lambda i: -len(rows[i]["prompt_ids"]) - len(rows[i]["chosen_ids"]) - len(rows[i]["rejected_ids"]))
+        tokens = lengths(rows).sum(axis=1)
+        mine.sort(key=lambda i: -tokens[i])
         for start in range(0, len(mine), self.run.eval.batch):
             indices = mine[start : start + self.run.eval.batch]
             batch_rows = [rows[i] for i in indices]

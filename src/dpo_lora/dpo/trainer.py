@@ -21,13 +21,13 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_lora.callbacks import NotFiniteError
 from dpo_lora.dpo.engines import (
-    REFERENCE,
     ReferenceUse,
     attach_reference,
     choose_engine,
     token_budget,
     warn_inseparable,
 )
+from dpo_lora.dpo.rows import REFERENCE, ReferenceRows
 from dpo_lora.dpo.scoring import ExactScoring
 from dpo_lora.engine.batching import MicroBatch, cut, pair_tokens, separable
 from dpo_lora.evaluation.record import Record
@@ -56,7 +56,7 @@ class PairTrainer(ExactScoring):
         **kwargs: Any,
     ):
         self.run = run
-        self.heldout = heldout_rows
+        self.heldout: Dataset | ReferenceRows = heldout_rows
         self.record = record  # of every evaluation; None for a trainer that only scores
         self.sampler = sampler
         self._is_untrained = False  # check_start has seen that policy and reference are one, and no step was taken

@@ -27,6 +27,7 @@ import numpy as np
 from filelock import FileLock
 
 from dpo_lora.engine.cache_files import LogProbs, load_checked, touch, unpack, write_atomically, write_shard
+from dpo_lora.engine.wanted import KEY_BYTES, Wanted
 from dpo_lora.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,24 @@ def sequence_log_probs(values: LogProbs, ld_alpha: float | None) -> tuple[float,
     return tuple(float(v[:shared].sum(dtype=np.float64) + ld_alpha * v[shared:].sum(dtype=np.float64)) for v in values)
 
 
+def _wanted(rows: Sequence[Tokens]) -> Wanted:
+    keys, sizes = np.empty(len(rows), dtype=f"S{KEY_BYTES}"), np.empty(len(rows), dtype=np.int32)
+    for number, row in enumerate(rows):
+        keys[number], sizes[number] = row_key(row), sum(len(ids) for ids, _ in row)
+    return Wanted(keys, sizes)
+
+
+def _hand_out(
+    wanted: Wanted, keys: Sequence[bytes], values: Sequence[LogProbs], note: Callable[[int, LogProbs], None]
+) -> bool:
+    """Give each row that waits for one of the keys its value; whether there was any."""
+    taken = wanted.take(np.array(keys, dtype=f"S{KEY_BYTES}"))
+    for place, numbers in taken:
+        for number in numbers.tolist():
+            note(number, values[place])
+    return bool(taken)
+
+
 class ReferenceCache:
     """The store in `folder` (made when first written), kept below max_bytes by dropping what was unused
     longest."""
@@ -102,17 +121,32 @@ class ReferenceCache:
         rows_per_shard: int = 64,
         wait: float = 3600.0,
     ) -> Fetched:
-        """Log-probs of all rows; what is not stored is computed, in shards, and stored.
+        """Log-probs of all rows, all in memory; arguments as for `visit`."""
+        values: list[LogProbs | None] = [None] * len(rows)
+        wanted = self.visit(scope, rows, compute, values.__setitem__, about, rows_per_shard, wait)
+        return Fetched([v for v in values if v is not None], *wanted)
 
-        compute gets rows and returns their values in order; it is not called when everything is stored. wait:
-        seconds to wait for another builder of the scope before computing beside it (both results are the
-        same).
+    def visit(
+        self,
+        scope: str,
+        rows: Sequence[Tokens],
+        compute: Callable[[list[Tokens]], list[LogProbs]],
+        note: Callable[[int, LogProbs], None],
+        about: dict | None = None,
+        rows_per_shard: int = 64,
+        wait: float = 3600.0,
+    ) -> tuple[int, int]:
+        """Call note(number of a row, its log-probs) once for each row, a shard's at a time; what is not stored
+        is computed, in shards, and stored. Returns how many distinct pairs were found and how many computed.
+
+        rows are read one by one and never kept. compute gets rows and returns their values in order; it is
+        not called when everything is stored. wait: seconds to wait for another builder of the scope before
+        computing beside it (both results are the same).
         """
-        keys = [row_key(row) for row in rows]
-        by_key = dict(zip(keys, rows, strict=True))
-        known = self._read(scope, by_key)
-        found = len(known)
-        if found < len(by_key):
+        wanted = _wanted(rows)
+        self._read(scope, wanted, note)
+        found = wanted.found
+        if not wanted.complete:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / f"{scope}.lock")
             try:
@@ -120,40 +154,32 @@ class ReferenceCache:
             except TimeoutError:
                 log.warning("another process has been building reference log-probs for %.0f s; computing too", wait)
             try:
-                known |= self._read(scope, {k: r for k, r in by_key.items() if k not in known})
-                found = len(known)
-                missing = [k for k in by_key if k not in known]
+                self._read(scope, wanted, note)
+                found = wanted.found
                 # long pairs beside long ones: a shard is then computed in tight micro-batches
-                missing.sort(key=lambda k: sum(len(ids) for ids, _ in by_key[k]))
+                missing = wanted.missing()
                 for at in range(0, len(missing), rows_per_shard):
-                    part = missing[at : at + rows_per_shard]
-                    values = [
-                        tuple(np.asarray(v, np.float32) for v in pair) for pair in compute([by_key[k] for k in part])
-                    ]
+                    part = [rows[i] for i in missing[at : at + rows_per_shard].tolist()]
+                    keys = [row_key(row) for row in part]
+                    values = [tuple(np.asarray(v, np.float32) for v in pair) for pair in compute(part)]
                     assert len(values) == len(part)
-                    self._write(scope, part, values, about or {})
-                    known |= dict(zip(part, values, strict=True))
+                    self._write(scope, keys, values, about or {})
+                    _hand_out(wanted, keys, values, note)
             finally:
                 lock.release()
             self._shrink(keep=scope)
-        return Fetched([known[k] for k in keys], found, len(by_key) - found)
+        return found, wanted.distinct - found
 
-    def _read(self, scope: str, wanted: dict[bytes, Tokens]) -> dict[bytes, LogProbs]:
-        known: dict[bytes, LogProbs] = {}
+    def _read(self, scope: str, wanted: Wanted, note: Callable[[int, LogProbs], None]) -> None:
         for path in self._shards(scope):
-            if len(known) == len(wanted):
+            if wanted.complete:
                 break
             content = load_checked(path)
             if content is None:
                 continue
-            used = False
-            for key, values in unpack(content):
-                if key in wanted:
-                    known[key] = values
-                    used = True
-            if used:
+            keys, values = zip(*unpack(content), strict=True)
+            if _hand_out(wanted, keys, values, note):
                 touch(path)
-        return known
 
     def _shards(self, scope: str) -> list[Path]:
         return sorted((self.folder / scope).glob("*.safetensors"))

@@ -54,7 +54,6 @@ class PairScores:
             rows: N rows with id, prompt_ids, chosen_ids, rejected_ids and, where the source has one, topic.
             logps: [N, 4] in the order of :data:`LOGPS`.
         """
-        found = list(rows)
         return cls.from_rows(
             {
                 "id": str(row["id"]),
@@ -65,7 +64,7 @@ class PairScores:
                 "tokens_chosen": len(row["chosen_ids"]),
                 "tokens_rejected": len(row["rejected_ids"]),
             }
-            for row, values in zip(found, logps.tolist(), strict=True)
+            for row, values in zip(rows, logps.tolist(), strict=True)
         )
 
     @classmethod

@@ -1,0 +1,96 @@
+"""What the trainer reads of tokenised rows, and that it holds none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from dpo_lora.dpo.engines import longest_sequence
+from dpo_lora.dpo.rows import REFERENCE, PairTokens, ReferenceRows, lengths
+from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens
+from harness import CommandLine
+
+
+def made(count: int) -> datasets.Dataset:
+    def sides(n: int) -> dict[str, Any]:
+        return {"id": f"{n}", "prompt_ids": [1] * (n % 5 + 1), "chosen_ids": [n, 2], "rejected_ids": [n] * (n % 3)}
+
+    return datasets.Dataset.from_list([sides(n) for n in range(count)])
+
+
+def test_lengths_are_counted_in_the_order_of_a_selection() -> None:
+    rows = made(20).select([7, 3, 19])
+    expected = [[len(row[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")] for row in rows]
+    assert lengths(rows).tolist() == expected
+    assert lengths(ReferenceRows(rows, np.zeros((3, 2)))).tolist() == expected
+    assert longest_sequence(rows) == max(p + max(c, r) for p, c, r in expected)
+    assert lengths(rows.select([])).shape == (0, 3)
+
+
+def test_reference_sums_stand_beside_their_rows() -> None:
+    plain = made(9).select([4, 8, 2])
+    rows = ReferenceRows(plain, np.arange(6.0).reshape(3, 2))
+    expected = [{**row, REFERENCE[0]: 2.0 * n, REFERENCE[1]: 2.0 * n + 1} for n, row in enumerate(plain)]
+    assert list(rows) == [rows[n] for n in range(3)] == rows.__getitems__([0, 1, 2]) == expected
+    assert list(rows.select([2, 0])) == [expected[2], expected[0]]
+
+
+def values(row: Tokens) -> LogProbs:
+    return tuple(np.asarray(ids[start:], dtype=np.float32) / 8 for ids, start in row)  # type: ignore[return-value]
+
+
+def test_the_cache_reads_rows_a_shard_at_a_time(tmp_path: Path) -> None:
+    held = 0
+
+    class Watched(PairTokens):
+        def __getitem__(self, number: Any) -> Any:
+            nonlocal held
+            held += 1
+            return super().__getitem__(number)
+
+    rows = Watched(made(300).select([*range(300), 5, 5]))  # one pair three times
+    batches: list[int] = []
+
+    def compute(part: list[Tokens]) -> list[LogProbs]:
+        nonlocal held
+        batches.append(held)
+        held = 0
+        return [values(row) for row in part]
+
+    noted: dict[int, LogProbs] = {}
+    counts = ReferenceCache(tmp_path, 10**9).visit("s", rows, compute, noted.__setitem__, rows_per_shard=16)
+    distinct = len({str(row) for row in rows})
+    assert counts == (0, distinct)
+    assert max(batches) == 16
+    again: dict[int, LogProbs] = {}
+    assert ReferenceCache(tmp_path, 10**9).visit("s", rows, pytest.fail, again.__setitem__) == (distinct, 0)  # type: ignore[arg-type]
+    for found in (noted, again):
+        assert sorted(found) == list(range(302))
+        for number, row in enumerate(rows):
+            assert all(np.array_equal(a, b) for a, b in zip(found[number], values(row), strict=True))
+
+
+def test_keys_that_end_with_zero_bytes_are_told_apart(tmp_path: Path) -> None:
+    from dpo_lora.engine.wanted import Wanted
+
+    keys = [b"a" * 31 + b"\0", b"a" * 31 + b"b", b"a" * 30 + b"\0\0", b"a" * 31 + b"\0"]
+    wanted = Wanted(keys, [3, 2, 1, 3])
+    assert wanted.missing().tolist() == [2, 1, 0]
+    hits = wanted.take(np.array([keys[0], b"c" * 32], dtype="S32"))
+    assert [(place, sorted(rows.tolist())) for place, rows in hits] == [(0, [0, 3])]
+    assert wanted.missing().tolist() == [2, 1]
+    assert not wanted.complete
+
+
+def arrow_files(folder: Path) -> Iterator[str]:
+    return (p.name for p in folder.rglob("*.arrow"))
+
+
+def test_a_run_leaves_no_copies_of_the_pairs(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:
+    assert cli("train", *tiny_overrides, "train.max_steps=2").code == 0
+    assert list(arrow_files(tmp_path / "cache" / "pairs")) == ["pairs.arrow"]
