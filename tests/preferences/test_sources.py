@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from dpo_lora.errors import UserError
 from dpo_lora.preferences import pairs
 from dpo_lora.preferences.sources import files
 from dpo_lora.schema import DataSettings
+from harness import CommandLine
 
 Settings = Callable[..., DataSettings]
 
@@ -175,28 +178,49 @@ BROKEN: dict[str, tuple[str, Callable[[], bytes], str]] = {
 }
 
 
+@pytest.fixture
+def refused(cli: CommandLine, tiny_model: Path) -> Callable[[Path], str]:
+    """The one message with which the real command line refuses a file."""
+
+    def message(path: Path) -> str:
+        outcome = cli("lint", "model=hub", f"model.name={tiny_model}", "data=local", f"data.path={path}")
+        assert outcome.code == 2
+        assert outcome.err.count("dpo-lora: ") == 1
+        assert "Traceback" not in outcome.err + outcome.out
+        found: str = outcome.err.partition("dpo-lora: ")[2]
+        assert str(path) in found
+        return found
+
+    return message
+
+
 @pytest.mark.parametrize("case", list(BROKEN))
 def test_a_broken_file_gives_one_clear_message(
-    case: str, tmp_path: Path, tokenizer: Any, settings: Settings, cache: Path
+    case: str, tmp_path: Path, refused: Callable[[Path], str], cache: Path
 ) -> None:
     name, content, words = BROKEN[case]
-    path = broken(tmp_path, name, content())
-    with pytest.raises(UserError, match=f"(?s){words}") as caught:
-        pairs.load(settings(path), tokenizer, 0)
-    assert str(path) in str(caught.value)
+    message = refused(broken(tmp_path, name, content()))
+    assert re.search(f"(?s){words}", message), message
+    assert len(message) < 700, "a message, not a dump of the file"
     assert not list((cache / "pairs").glob(".*building*")), "a scratch folder was left behind"
 
 
-def test_a_folder_without_data_is_refused(tmp_path: Path, tokenizer: Any, settings: Settings) -> None:
+def test_a_gzip_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    path = broken(tmp_path, "rows.jsonl.gz", gzip.compress(TEXT * 6_000_000))  # 0.9 MB on the disk, 294 MB unpacked
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="unpacks to more than 200 times"):
+        list(files.read([path]))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path, refused: Callable[[Path], str]) -> None:
     (tmp_path / "rows.jsonl").mkdir()
-    with pytest.raises(UserError, match="folder without a file of pairs"):
-        pairs.load(settings(tmp_path / "rows.jsonl"), tokenizer, 0)
+    assert "folder without a file of pairs" in refused(tmp_path / "rows.jsonl")
 
 
-def test_a_mistyped_file_names_its_neighbour(tmp_path: Path, tokenizer: Any, settings: Settings) -> None:
+def test_a_mistyped_file_names_its_neighbour(tmp_path: Path, refused: Callable[[Path], str]) -> None:
     as_jsonl(tmp_path)
-    with pytest.raises(UserError, match=r"Did you mean 'rows\.jsonl'"):
-        pairs.load(settings(tmp_path / "row.jsonl"), tokenizer, 0)
+    assert "Did you mean 'rows.jsonl'" in refused(tmp_path / "row.jsonl")
 
 
 def test_a_hub_data_set_is_read_by_split(tmp_path: Path, tokenizer: Any, settings: Settings) -> None:
