@@ -1,9 +1,11 @@
-"""Kill -9 a sweep's parent at random moments until it gets through; compare with an undisturbed sweep.
+"""Kill -9 a sweep's parent ten times over its whole course, start it again each time; compare with an undisturbed one.
 
     python bench/sweeps/kill_parent.py --kills 10 --seed 0 -- OVERRIDES ...
 
-Prints one JSON object: the moments, orphans seen two seconds after each kill, and whether the final
-tables (every column but times, speeds and memory) and the adapters' bytes are equal.
+The moments are drawn over the sweep's work, one from each tenth of it: a kill falls due once so many steps
+of all trials are in their metrics, plus up to a trial's length. Prints one JSON object: the moments, orphans
+seen two seconds after each kill, and whether the final tables (every column but times, speeds and memory)
+and the adapters' bytes are equal.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import hashlib
 import json
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,56 +32,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--training", type=float, help="Draw moments from this many seconds after a trial has begun.")
     parser.add_argument("overrides", nargs="+")
     options = parser.parse_args()
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        calm, begun = Path(scratch, "calm"), time.monotonic()
+        calm, rough = Path(scratch, "calm"), Path(scratch, "rough")
         subprocess.run(_command(options.overrides, calm), check=True, stdout=subprocess.DEVNULL)
-        usual = time.monotonic() - begun
-        rough, kills = Path(scratch, "rough"), []
-        while len(kills) < options.kills:
+        work = _steps(calm)
+        usual = statistics.median(json.loads(f.read_text())["seconds"] for f in calm.glob("*/*/outcome.json"))
+        kills = []
+        for number in range(options.kills):
+            due = work * (number + chance.random()) / options.kills
             process = subprocess.Popen(_command(options.overrides, rough), stdout=subprocess.DEVNULL)
-            if options.training:
-                _wait_for_training(process, rough)
-            moment = chance.uniform(0.0, options.training or usual)
-            try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                time.sleep(2)
-                kills.append({"after": round(moment, 2), "done": _finished(rough), "orphans": _orphans(process.pid)})
-                print(kills[-1], file=sys.stderr, flush=True)
-            else:
-                if list(rough.glob("*/sweep.json")) and _finished(rough):
-                    rough = Path(scratch, f"rough-{len(kills)}")  # got through: go on killing a fresh one
+            begun = time.monotonic()
+            while _steps(rough) < due and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(chance.uniform(0.0, usual))
+            if process.poll() is not None:
+                break  # through; it was killed as often as it could be
+            seen = {"due_at_step": round(due, 1), "steps_done": _steps(rough), "trials_done": _finished(rough)}
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            time.sleep(2)
+            kills.append({**seen, "seconds": round(time.monotonic() - begun, 1), "orphans": _orphans(process.pid)})
+            print(kills[-1], file=sys.stderr, flush=True)
         subprocess.run(_command(options.overrides, rough), check=True, stdout=subprocess.DEVNULL)
         print(
             json.dumps(
                 {
                     "kills": kills,
+                    "steps_in_all": work,
                     "orphans": sum(len(k["orphans"]) for k in kills),
                     "sweeps": len(list(rough.glob("*/sweep.json"))),
                     "tables_equal": _table(calm) == _table(rough),
                     "adapters_equal": _adapters(calm) == _adapters(rough),
                     "rows": len(_table(rough)),
-                }
+                },
+                indent=2,
             )
         )
 
 
+def _steps(outputs: Path) -> int:
+    """Optimizer steps in the metrics of all trials."""
+    files = [f for f in outputs.glob("*/*/metrics.jsonl") if not f.parent.is_symlink()]
+    return sum('"loss"' in line for f in files for line in f.read_text().splitlines())
+
+
 def _command(overrides: list[str], outputs: Path) -> list[str]:
     return [sys.executable, "-m", "dpo_lora", "train", "-m", *overrides, f"outputs={outputs}"]
-
-
-def _wait_for_training(process: subprocess.Popen[bytes], outputs: Path) -> None:
-    begun = time.time()
-    while process.poll() is None:
-        if any(f.stat().st_mtime > begun for f in outputs.glob("*/*/run.json")):
-            return
-        time.sleep(0.05)
 
 
 def _finished(outputs: Path) -> int:

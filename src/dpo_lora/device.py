@@ -79,6 +79,11 @@ def choose(train: TrainSettings, seed: int) -> Machine:
     return Machine(device, _dtype(train.dtype, use_cuda), name, rank, world_size)
 
 
+def processor(train: TrainSettings) -> Machine:
+    """This machine without its accelerators, leaving every generator and switch as it is."""
+    return Machine(torch.device("cpu"), _dtype(train.dtype, False), "CPU", 0, 1)
+
+
 def _dtype(wanted: DType, use_cuda: bool) -> torch.dtype:
     if wanted is DType.float32:
         return torch.float32

@@ -37,13 +37,36 @@ class BaseModel:
         return _stop_ids(self.model.generation_config)
 
 
+_kept: dict[str, BaseModel] = {}
+
+
+def keep(settings: ModelSettings, machine: Machine) -> None:
+    """Load a model that processes forked from this one find loaded; they share its memory until they write to it."""
+    _kept[_key(settings, machine)] = load(settings, machine)
+
+
+def _key(settings: ModelSettings, machine: Machine) -> str:
+    return f"{settings} {machine.device} {machine.dtype}"
+
+
 def load(settings: ModelSettings, machine: Machine) -> BaseModel:
-    """Load model and tokenizer onto ``machine``.
+    """Load model and tokenizer onto ``machine``, or take over the model that was kept for it.
 
     Raises:
         UserError: there is no such model here, it is gated, it has no chat template, or
             bitsandbytes is asked for and missing.
     """
+    base = _kept.pop(_key(settings, machine), None) or _load(settings, machine)
+    log.info(
+        "Base model %s: %s, %.0f M weights",
+        settings.name,
+        base.model.config.model_type,
+        base.model.num_parameters() / 1e6,
+    )
+    return base
+
+
+def _load(settings: ModelSettings, machine: Machine) -> BaseModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, published = _source(settings), settings.name
@@ -67,12 +90,6 @@ def load(settings: ModelSettings, machine: Machine) -> BaseModel:
     _complete(tokenizer, settings)
     identity["commit"] = getattr(model.config, "_commit_hash", None)
     identity["weights"] = weights_fingerprint(model)
-    log.info(
-        "Base model %s: %s, %.0f M weights",
-        settings.name,
-        model.config.model_type,
-        model.num_parameters() / 1e6,
-    )
     return BaseModel(model, tokenizer, published, _license(settings, source), identity)
 
 

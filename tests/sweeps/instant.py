@@ -66,6 +66,9 @@ class InstantProcesses:
             else:
                 self.running[job.id] = self._life(trial)
 
+    def keep(self, path: Path) -> None:
+        pass
+
     def has_begun(self, job: str) -> bool:
         return True
 
@@ -124,14 +127,17 @@ class InstantProcesses:
         rows = [{"step": last, "prompt": f"p{n}", "pair": f"x{n}", "win": float(n < wins)} for n in range(PAIRS)]
         run.eval_pairs_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         steps = [{"step": s, "epoch": s / last, "loss": 0.7 - self.world.worth(settings, s)} for s in (1, last)]
+        run.settings_file.write_text(json.dumps(settings))  # YAML, too
         run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in steps))
         run.write_manifest(
             {
                 **ended(FINISHED),
+                "data": {"train": {"pairs": 400}, "heldout": {"pairs": PAIRS}},
                 "training": {
                     "steps": last,
+                    "pairs": 8 * last,
                     "tokens": 1000 * last,
-                    "tokens_per_second": 10.0,
+                    "tokens_per_second": 9.0,
                     "peak_memory_bytes": 2**30,
                 },
                 "timings": {"total_seconds": 9.0, "training_seconds": 8.0},

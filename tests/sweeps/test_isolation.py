@@ -38,10 +38,9 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     if request.param != "ray":
         yield words
         return
-    ray = pytest.importorskip("ray")
-    cluster = ray.cluster_utils.Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 1, "include_dashboard": False}
-    )
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 1, "include_dashboard": False})
     yield [*words, f"hydra.launcher.address={cluster.address}"]
     cluster.shutdown()
 

@@ -56,6 +56,9 @@ class ClusterProcesses(ABC):
         )
         self._handles[job.id] = self._submit(order)
 
+    def keep(self, path: Path) -> None:
+        return  # every job is a process of its own, from its first import on
+
     def has_begun(self, job: str) -> bool:
         return (self._control(job) / "begun").exists()
 

@@ -10,7 +10,8 @@ the children when the server dies; where the kernel cannot, the closed socket sa
 
 Run as ``python -m dpo_lora.sweeps.forkserver SOCKET_FD PARENT_PID``. One JSON object a line:
 
-* in: ``{"start": ID, "kind": "trial" | "shared", "path": PATH, "log": FILE, "threads": N, "env": {...}}``,
+* in: ``{"keep": PATH}`` of settings whose base model every later child finds loaded,
+  ``{"start": ID, "kind": "trial" | "shared", "path": PATH, "log": FILE, "threads": N, "env": {...}}``,
   ``{"signal": ID, "number": N}``
 * out: ``{"ready": SECONDS}``, ``{"started": ID, "pid": N}``, ``{"ended": ID, "code": N}``
 """
@@ -29,6 +30,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from dpo_lora.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 _TICK = 0.02  # seconds between looks at the children
@@ -91,6 +94,8 @@ class _Server:
                         request = json.loads(line)
                         if "signal" in request:
                             self._signal(request["signal"], request["number"])
+                        elif "keep" in request:
+                            self._keep(Path(request["keep"]))
                         elif self._start(request):
                             return dict(request)
                 self._reap()
@@ -98,6 +103,13 @@ class _Server:
             pass
         self._close()
         return None
+
+    def _keep(self, path: Path) -> None:
+        from dpo_lora.sweeps import shared
+
+        with contextlib.suppress(UserError):  # each trial says it in its own log
+            shared.keep(path)
+        gc.freeze()
 
     def _start(self, request: dict[str, Any]) -> bool:
         """Fork; True in the child."""

@@ -14,8 +14,6 @@ from typing import Any
 from rich.console import Console
 
 from dpo_lora.rundir import FINISHED, RunDir
-from dpo_lora.schema import ModelSource
-from dpo_lora.settings import from_plain
 from dpo_lora.sweeps import shared, table
 from dpo_lora.sweeps.placement import Slot
 from dpo_lora.sweeps.trial import Trial
@@ -70,10 +68,8 @@ def show(trials: list[Trial], expected: int, slots: list[Slot], outputs: Path, s
 
 def _shared(groups: list[Trial]) -> str:
     """What is computed once for all trials, in words."""
-    parts = [f"data preparation for {len(groups)} kind{'s' if len(groups) > 1 else ''} of base and data"]
-    if any(from_plain(t.settings).model.source is ModelSource.embedded for t in groups):
-        parts.insert(0, "conversion of the embedded model")
-    return ", ".join(parts)
+    kinds = f"{len(groups)} kind{'s' if len(groups) > 1 else ''} of base and data"
+    return f"base model, pairs and reference log-probabilities, for {kinds}"
 
 
 def _cost(trial: Trial, outputs: Path) -> Cost | None:

@@ -39,6 +39,9 @@ class Processes(Protocol):
 
     def start(self, job: Job) -> None: ...
 
+    def keep(self, path: Path) -> None:
+        """Later trials share the base model of the plain settings in ``path``; where that can be, it is loaded once."""
+
     def has_begun(self, job: str) -> bool:
         """Whether the job's process runs: until then it waits for a machine or for imports, and no clock runs."""
 
@@ -65,6 +68,7 @@ class LocalProcesses:
     _server: subprocess.Popen[bytes] | None = None
     _connection: socket.socket | None = None
     _buffer: bytes = b""
+    _kept: Path | None = None
     _meter: Meter = field(init=False)
     _read: float = field(default_factory=time.monotonic)  # when the meter was last read
 
@@ -88,6 +92,12 @@ class LocalProcesses:
         if job.alone:
             request["threads"] = sum(s.threads for s in self.slots)
         self._send(request)
+
+    def keep(self, path: Path) -> None:
+        # A process that has used CUDA cannot be forked: on a GPU each trial loads for itself.
+        if all(slot.gpu is None for slot in self.slots):
+            self._kept = path
+            self._send({"keep": str(path)})
 
     def has_begun(self, job: str) -> bool:
         return job in self._begun
@@ -158,6 +168,8 @@ class LocalProcesses:
         )
         theirs.close()
         self._connection, self._buffer = ours, b""
+        if self._kept is not None:
+            self._send({"keep": str(self._kept)})
 
     def _server_died(self) -> list[tuple[str, int]]:
         """Its children died with it; the next job gets a new server."""

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -103,11 +104,13 @@ class Queue:
         unknown = expected - len(trials)
         several = {name: group[0] for name, group in groups.items() if len(group) + unknown > 1}
         jobs = [self._shared(name, trial) for name, trial in several.items()]
-        jobs = [replace(job, alone=len(jobs) == 1) for job in jobs if not job.path.with_suffix(".done").exists()]
-        if jobs:
+        missing = [replace(job, alone=len(jobs) == 1) for job in jobs if not _is_done(job)]
+        if missing:
             self.watcher.say("Preparing once what the trials share: base model, pairs, reference ...")
         with self._listening():
-            self._prepare(jobs)
+            self._prepare(missing)
+        if len(jobs) == 1 and _is_done(jobs[0]):
+            self.processes.keep(jobs[0].path)
 
     def _shared(self, name: str, trial: Trial) -> Job:
         folder = self.sweep.path / ".shared"
@@ -126,7 +129,7 @@ class Queue:
             for name, code in self.processes.poll(_TICK):
                 job = running.pop(name)
                 if code == 0:
-                    job.path.with_suffix(".done").touch()
+                    _done_file(job).touch()
                 elif self.stopped is None:
                     self.watcher.say("\n".join(["Preparing failed:", *endings.last_lines(job.log, 3)]))
             for name in running:
@@ -222,3 +225,11 @@ class Queue:
 
     def _trials(self) -> list[Trial]:
         return [entry.trial for entry in self._running.values()]
+
+
+def _done_file(job: Job) -> Path:
+    return job.path.with_suffix(".done")
+
+
+def _is_done(job: Job) -> bool:
+    return _done_file(job).exists()

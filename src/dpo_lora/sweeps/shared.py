@@ -61,6 +61,20 @@ def prepare(settings: RunSettings) -> None:
         trainer.prepare_reference(base.identity["weights"])
 
 
+def keep(path: Path) -> None:
+    """In the process that trials are forked from: load the base model of the plain settings in ``path`` for them all.
+
+    Only what has been loaded before, by :func:`run` in a process of its own: a model that brings the
+    process down may not do so here. Nor is a model's own code run here.
+    """
+    from dpo_lora import device, model
+    from dpo_lora.schema import Quantization
+
+    settings = from_plain(json.loads(path.read_text(encoding="utf-8")))
+    if settings.model.quantization is Quantization.none and not settings.model.trust_remote_code:
+        model.keep(settings.model, device.processor(settings.train))
+
+
 def run(path: Path) -> int:
     """In a process of its own: prepare for the plain settings in the JSON file ``path``; the exit code."""
     try:
