@@ -92,7 +92,10 @@ def test_resume_after_a_kill_equals_an_uninterrupted_run(
     assert outcome.code == 0, outcome.err
     assert RunDir(killed_in).status() == "finished"
     assert_bit_identical(whole, killed_in)
-    assert [r["loss"] for r in training_rows(killed_in)] == [r["loss"] for r in training_rows(whole)]
+    for name in ("loss", "pairs", "tokens"):
+        assert [r[name] for r in training_rows(killed_in)] == [r[name] for r in training_rows(whole)]
+    for name in ("pairs", "tokens"):
+        assert RunDir(killed_in).manifest()["training"][name] == RunDir(whole).manifest()["training"][name]
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(

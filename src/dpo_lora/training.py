@@ -65,6 +65,7 @@ class Training:
             self.run.trim_metrics(step)
             record.restore(step)
             trim_jsonl(self.run.samples_file, step)
+            trainer.count_on(checkpoint)
         begun = time.monotonic()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         self.timings["training_seconds"] = round(time.monotonic() - begun, 3)
@@ -137,14 +138,14 @@ class Training:
             return
         self.base.tokenizer.save_pretrained(self.run.path)
         trainer.save_adapter(self.run.path)
-        seconds = self.timings["training_seconds"]
+        seconds, here = self.timings["training_seconds"], trainer.tokens_seen - trainer.tokens_before
         self.run.write_manifest(
             {
                 "training": {
                     "steps": trainer.state.global_step,
                     "pairs": trainer.pairs_seen * self.machine.world_size,
                     "tokens": trainer.tokens_seen * self.machine.world_size,
-                    "tokens_per_second": round(trainer.tokens_seen * self.machine.world_size / max(seconds, 1e-9), 1),
+                    "tokens_per_second": round(here * self.machine.world_size / max(seconds, 1e-9), 1),
                     "trainable_weights": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                     "peak_memory_bytes": self.machine.peak_memory(),
                 },

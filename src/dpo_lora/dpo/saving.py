@@ -10,6 +10,9 @@ from typing import Any
 import trl
 
 from dpo_lora import checkpoints
+from dpo_lora.files import write_json
+
+SEEN = "seen.json"  # in each checkpoint
 
 
 class WholeCheckpoints(trl.DPOTrainer):
@@ -58,11 +61,16 @@ class WholeCheckpoints(trl.DPOTrainer):
             super(trl.DPOTrainer, self)._save_checkpoint(model, trial)
         if self.args.should_save:
             staged = staging / f"checkpoint-{self.state.global_step}"
+            write_json(staged / SEEN, self.seen())
             checkpoints.seal(staged, folder, self.binding)
             best = self.protected_step()
             protected = None if best is None else checkpoints.at_step(folder, best)
             checkpoints.rotate(folder, self.keep_checkpoints, protected)
             checkpoints.clear_staging(folder)
+
+    def seen(self) -> dict[str, int]:
+        """Counts that a resumed training goes on from."""
+        return {}
 
     @contextlib.contextmanager
     def _staging(self, folder: Path) -> Iterator[Path]:

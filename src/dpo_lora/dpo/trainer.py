@@ -8,8 +8,10 @@ are exact over pairs, and checkpoints are whole or absent.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from dpo_lora.dpo.engines import (
     warn_inseparable,
 )
 from dpo_lora.dpo.rows import REFERENCE, ReferenceRows
+from dpo_lora.dpo.saving import SEEN
 from dpo_lora.dpo.scoring import ExactScoring
 from dpo_lora.engine.batching import MicroBatch, cut, pair_tokens, separable
 from dpo_lora.evaluation.record import Record
@@ -63,6 +66,7 @@ class PairTrainer(ExactScoring):
         self.evaluation_seconds = 0.0  # scores, samples and their figures
         self.pairs_seen = 0
         self.tokens_seen = 0
+        self.tokens_before = 0  # of those, before this process resumed the training
         self._tokens_logged, self._time_logged = 0, time.monotonic()
         self._reference: dict[str, tuple[float, ...]] = {}  # reference log-probabilities, by pair_hash
         self.collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
@@ -95,6 +99,15 @@ class PairTrainer(ExactScoring):
         self.heldout, heldout = attach_reference(self, self.heldout, weights, None)
         self.precompute_ref_logps = True  # TRL then reads the columns instead of running the reference
         self.reference_use = ReferenceUse(train.found + heldout.found, train.computed + heldout.computed)
+
+    def seen(self) -> dict[str, int]:
+        return {"pairs": self.pairs_seen, "tokens": self.tokens_seen}
+
+    def count_on(self, checkpoint: Path) -> None:
+        """Go on counting from what had been trained on when ``checkpoint`` was written."""
+        seen = json.loads((checkpoint / SEEN).read_text(encoding="utf-8"))
+        self.pairs_seen, self.tokens_seen = seen["pairs"], seen["tokens"]
+        self.tokens_before = self._tokens_logged = self.tokens_seen
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset  # preferences/ has done it
