@@ -3,9 +3,9 @@
     python bench/sweeps/kill_parent.py --kills 10 --seed 0 -- OVERRIDES ...
 
 The moments are drawn over the sweep's work, one from each tenth of it: a kill falls due once so many steps
-of all trials are in their metrics, plus up to a trial's length. Prints one JSON object: the moments, orphans
-seen two seconds after each kill, and whether the final tables (every column but times, speeds and memory)
-and the adapters' bytes are equal.
+of all trials are in their metrics (for most kills, one since the last start), plus up to half a trial's
+length. Prints one JSON object: the moments, orphans seen two seconds after each kill, and whether the final
+tables (every column but times, speeds and memory) and the adapters' bytes are equal.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+_TRAINING = 0.8  # share of the kills that wait for a step; the others may fall into start-up
 NOISY = {"tokens_per_second", "peak_memory_bytes", "seconds", "reason"}
 
 
@@ -43,11 +44,13 @@ def main() -> None:
         kills = []
         for number in range(options.kills):
             due = work * (number + chance.random()) / options.kills
+            if chance.random() < _TRAINING:
+                due = max(due, _steps(rough) + 1)  # not before some trial trains again
             process = subprocess.Popen(_command(options.overrides, rough), stdout=subprocess.DEVNULL)
             begun = time.monotonic()
             while _steps(rough) < due and process.poll() is None:
                 time.sleep(0.02)
-            time.sleep(chance.uniform(0.0, usual))
+            time.sleep(chance.uniform(0.0, usual / 2))
             if process.poll() is not None:
                 break  # through; it was killed as often as it could be
             seen = {"due_at_step": round(due, 1), "steps_done": _steps(rough), "trials_done": _finished(rough)}
