@@ -67,9 +67,10 @@ def keep(path: Path) -> None:
     Only what has been loaded before, by :func:`run` in a process of its own: a model that brings the
     process down may not do so here. Nor is a model's own code run here.
     """
-    from dpo_lora import device, model
+    from dpo_lora import device, lifecycle, model
     from dpo_lora.schema import Quantization
 
+    lifecycle.quiet_libraries()  # a progress bar would break into the sweep's live table
     settings = from_plain(json.loads(path.read_text(encoding="utf-8")))
     if settings.model.quantization is Quantization.none and not settings.model.trust_remote_code:
         model.keep(settings.model, device.processor(settings.train))
