@@ -1,6 +1,6 @@
 """Makespan of one sweep, made twice: dpo-lora's own launcher against Hydra's basic launcher with stock TRL.
 
-    python bench/sweeps/makespan.py [--side ours|stock] [--out bench/results/sweep_makespan.json]
+    python bench/sweeps/makespan.py [--side ours|stock] [--heldout 8] [--out FILE.json]
 
 Eight trials over beta, learning rate and rank on the embedded 135M model, same pairs, same steps, scores
 before and after, from an empty reference cache (the converted base model is there for both). Times are of
@@ -25,21 +25,24 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = {"beta": "0.05,0.1", "rate": "1e-4,2e-4", "rank": "8,16"}
-STEPS, PAIRS_PER_STEP, HELDOUT = 4, 4, 32
+STEPS, PAIRS_PER_STEP, HELDOUT = 4, 4, 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", choices=["ours", "stock"])
-    parser.add_argument("--stock-trials", type=int, choices=[2, 4, 8], default=8)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "sweep_makespan.json")
+    parser.add_argument("--heldout", type=int, default=HELDOUT, help="held-out pairs, scored before and after")
+    parser.add_argument("--stock-trials", type=int, choices=[1, 2, 4, 8], default=8)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "sweep_makespan_heldout8.json")
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     found |= {"machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}}
-    found |= {"sweep": {**SPACE, "steps": STEPS, "pairs_per_step": PAIRS_PER_STEP, "heldout": HELDOUT, "trials": 8}}
+    found |= {
+        "sweep": {**SPACE, "steps": STEPS, "pairs_per_step": PAIRS_PER_STEP, "heldout": options.heldout, "trials": 8}
+    }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _write_pairs(folder)
+        _write_pairs(folder, options.heldout)
         if options.side in (None, "ours"):
             found["ours"] = ours(folder)
         if options.side in (None, "stock"):
@@ -51,11 +54,11 @@ def main() -> None:
     print(json.dumps(found, indent=2))
 
 
-def _write_pairs(folder: Path) -> None:
+def _write_pairs(folder: Path, heldout: int) -> None:
     rows = (ROOT / "data" / "explainer.jsonl").read_text().splitlines()
     rows = [json.dumps({k: json.loads(r)[k] for k in ("id", "prompt", "chosen", "rejected")}) + "\n" for r in rows]
     (folder / "train.jsonl").write_text("".join(rows[: STEPS * PAIRS_PER_STEP]))
-    (folder / "heldout.jsonl").write_text("".join(rows[-HELDOUT:]))
+    (folder / "heldout.jsonl").write_text("".join(rows[-heldout:]))
 
 
 def ours(folder: Path) -> dict[str, Any]:
