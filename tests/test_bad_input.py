@@ -74,6 +74,8 @@ def test_no_such_file_suggests_a_near_name(cli: CommandLine, tiny_overrides: lis
         (["parent=no-such-run"], ["no-such-run"]),
         (["train.pairs_per_step=64"], ["training pairs", "or lower"]),
         (["model.quantization=nf4"], ["dpo-lora[quantized]"]),
+        (["model.attention=flahs"], ["flahs", "model.attention"]),
+        (["train.optimizer=adamw_troch"], ["adamw_troch", "'adamw_torch'"]),
         (["tracking=none", "train.epochs=0.01", "train.max_steps=null"], ["less than one optimizer step"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -92,6 +94,27 @@ def test_a_request_that_cannot_be_met(
     message = refused(cli, *replaced(tiny_overrides, *words))
     for part in expected:
         assert part in message
+
+
+def test_a_mistake_inside_a_tracked_run_is_one_message(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    refused(cli, *replaced(tiny_overrides, "tracking=wandb", "train.pairs_per_step=64"))
+
+
+def test_several_processes_for_one_run_are_refused(
+    cli: CommandLine, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one device" in refused(cli, *tiny_overrides)
+
+
+def test_a_file_called_latest_stays_what_it_is(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "latest").write_text("mine")
+    (tmp_path / "latest").write_text("mine")
+    cli("train", *tiny_overrides, "train.max_steps=1")
+    cli("train", *tiny_overrides, "train.max_steps=1", f"run_dir={tmp_path / 'elsewhere'}")
+    assert (tmp_path / "outputs" / "latest").read_text() == "mine"
+    assert (tmp_path / "latest").read_text() == "mine"
 
 
 def test_an_output_directory_that_holds_a_run(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -201,3 +201,67 @@ def test_cuda_is_refused_where_there_is_none(
     assert outcome.code == 2
     assert "train.device=cuda" in outcome.err
     assert "train=cpu" in outcome.err
+
+
+def _cut_off(run: Path) -> None:
+    """As a kill after the last checkpoint leaves a run."""
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    (run / "adapter_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("save_every", [2, 0])
+def test_a_run_cut_off_after_its_last_step_takes_no_further_one(
+    cli: CommandLine, tiny_overrides: list[str], save_every: int
+) -> None:
+    run = cli("train", *tiny_overrides, "train.schedule=constant", f"train.save_every={save_every}").run
+    kept, samples = adapter(run), (run / "samples.jsonl").read_text()
+    training = RunDir(run).manifest()["training"]
+    _cut_off(run)
+    assert cli("resume", "latest", "--outputs", str(run.parent)).run == run
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter(run).items())
+    assert max(row["step"] for row in read_jsonl(run / "metrics.jsonl")) == 4
+    assert (run / "samples.jsonl").read_text() == samples
+    again = RunDir(run).manifest()["training"]
+    assert {k: again[k] for k in ("steps", "pairs", "tokens")} == {k: training[k] for k in ("steps", "pairs", "tokens")}
+
+
+def test_a_parent_called_latest_stays_the_one_it_was(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    first = cli("train", *tiny_overrides, "train.learning_rate=1e-2").run
+    second = cli("train", *tiny_overrides, "train.learning_rate=1e-2", "parent=latest").run
+    assert RunDir(second).settings()["parent"] == str(first)
+    said = json.loads((second / "eval.json").read_text())["after"]
+    outcome = cli("score", str(second), "--out", str(second / "again"))
+    assert outcome.code == 0, outcome.err
+    again = json.loads((second / "again" / "eval.json").read_text())["after"]
+    assert again["margin"] == pytest.approx(said["margin"], abs=1e-6)
+    assert abs(said["margin"]) > 1e-4
+
+
+def test_a_parent_of_another_shape_is_refused_with_the_words_that_fit(
+    cli: CommandLine, tiny_overrides: list[str]
+) -> None:
+    cli("train", *tiny_overrides, "lora=attention", "lora.r=4")
+    outcome = cli("train", *tiny_overrides, "parent=latest")
+    assert outcome.code == 2
+    words = "lora.r=4 lora.targets=[k_proj,o_proj,q_proj,v_proj]"
+    assert words in outcome.err
+    assert cli("train", *tiny_overrides, "parent=latest", *words.split()).code == 0
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["train.reference_cache=false"], ["train.engine=stock"], ["dpo.ld_alpha=0.5"]], ids=str
+)
+def test_ties_of_the_first_step_count_one_half(cli: CommandLine, tiny_overrides: list[str], words: list[str]) -> None:
+    run = cli("train", *tiny_overrides, *words).run
+    assert training_rows(run)[0]["rewards/accuracies"] == 0.5
+
+
+def test_an_adapter_trained_on_a_gpu_is_used_where_there_is_none(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    run = cli("train", *tiny_overrides).run
+    text = (run / "settings.yaml").read_text()
+    (run / "settings.yaml").write_text(
+        text.replace("device: cpu", "device: cuda").replace("dtype: float32", "dtype: bfloat16")
+    )
+    outcome = cli("chat", str(run), "--prompt", "Hi", "--max-new-tokens", "4")
+    assert outcome.code == 0, outcome.err

@@ -12,7 +12,9 @@ from typing import get_type_hints
 
 import pytest
 import trl
+from trl.trainer import dpo_trainer
 
+from dpo_lora import rules
 from dpo_lora.schema import DpoSettings, RunSettings
 from dpo_lora.settings import fingerprint, from_plain, plain, setting_names
 from harness import ROOT, CommandLine, dpo_lora
@@ -30,6 +32,11 @@ TYPOS = [
     (["train.device=gpu"], "train.device"),
     (["~dpo.beta"], "dpo.beta"),
     (["data=local"], "data.path"),
+    (["model=hub"], "model.name"),
+    (["dpo.loss_type=[sigmod]"], "'sigmoid'"),
+    (["dpo.f_divergence_type=kl"], "reverse_kl"),
+    (["dpo=nca", "dpo.f_divergence_type=forward_kl"], "nca_pair"),
+    (["dpo=aot", "dpo.use_weighting=true"], "aot"),
     (["dpo.beta"], "dpo.beta"),
     (["dpo.beta=0.1,0.2"], "add -m"),
     (["-m", "dpo.beta=0.1,0.2", "--cfg", "job"], "Only one of"),
@@ -177,6 +184,19 @@ def test_every_setting_is_read_by_some_line() -> None:
 def test_loss_settings_are_trls_own_names() -> None:
     upstream = {f.name for f in dataclasses.fields(trl.DPOConfig)}
     assert {f.name for f in dataclasses.fields(DpoSettings)} <= upstream
+
+
+def test_losses_and_divergences_are_those_that_trl_has() -> None:
+    """TRL keeps the names in its loss code alone: compared with are the strings that its branches test for."""
+    tree = ast.parse(Path(dpo_trainer.__file__).read_text())
+    tested: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq):
+            left, right = ast.unparse(node.left), node.comparators[0]
+            if isinstance(right, ast.Constant) and isinstance(right.value, str):
+                tested.setdefault(left, set()).add(right.value)
+    assert set(rules.LOSSES) == tested["loss_type"]
+    assert set(rules.DIVERGENCES) == tested["self.f_divergence_type"]
 
 
 def test_setting_names_reach_every_leaf() -> None:

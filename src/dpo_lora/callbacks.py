@@ -70,7 +70,8 @@ class StopAtStepEnd(TrainerCallback):
         self.stop.in_training = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.stop.received is not None and state.global_step < state.max_steps:
+        # The last step is saved always: what follows it (scores, samples, an upload) may be cut off, too.
+        if self.stop.received is not None or state.global_step >= state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 
@@ -118,7 +119,7 @@ class MetricsLog(TrainerCallback):
 
     def __init__(self, run: RunDir, tracker: Tracker):
         self.run, self.tracker = run, tracker
-        self._begun = time.monotonic()
+        self._begun: float | None = None  # known at the first row: a resumed run's clock goes on
 
     def on_log(
         self,
@@ -130,6 +131,8 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
+        if self._begun is None:
+            self._begun = time.monotonic() - self.run.logged_seconds()
         row = {
             "step": state.global_step,
             "epoch": round(state.epoch or 0.0, 6),

@@ -73,7 +73,9 @@ def resume(
     from dpo_lora.settings import from_plain
     from dpo_lora.sweeps import directory, status
 
-    if run != "latest" and (sweep := directory.find(run, outputs)) is not None:
+    if run == "latest":
+        run = str(rundir.find_unfinished(outputs).path)
+    if (sweep := directory.find(run, outputs)) is not None:
         from dpo_lora.train import main as train_main
 
         train_main(status.command_again(sweep, retry=retry))
@@ -155,9 +157,13 @@ def report(
     from dpo_lora import rundir
     from dpo_lora.reports import index, sweep
     from dpo_lora.reports import report as room
+    from dpo_lora.sweeps import directory
 
+    if target != "latest" and (found_sweep := directory.find(target, outputs)) is not None:
+        typer.echo(sweep.write(found_sweep.path))
+        return
     if Path(target).is_dir() and not (Path(target) / "run.json").is_file():
-        typer.echo(sweep.write(Path(target)) if (Path(target) / "sweep.json").is_file() else index.write(Path(target)))
+        typer.echo(index.write(Path(target)))
         return
     found = rundir.find(target, outputs)
     room.write(found)

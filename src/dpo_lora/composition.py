@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -56,8 +56,10 @@ def place() -> Place:
     return Place(sweep / str(hydra.sweep.subdir), sweep, overrides)
 
 
-def open_run(settings: RunSettings, *, trial: Path | None, overrides: list[str], resume: Path | None) -> RunDir:
-    """The directory of a new run, or of the one to resume; its lock is held.
+def open_run(
+    settings: RunSettings, *, trial: Path | None, overrides: list[str], resume: Path | None
+) -> tuple[RunDir, RunSettings]:
+    """The directory of a new run, or of the one to resume, its lock held; and its settings, for good.
 
     Raises:
         UserError: it is in use, holds another run, or cannot be written.
@@ -65,7 +67,8 @@ def open_run(settings: RunSettings, *, trial: Path | None, overrides: list[str],
     from dpo_lora.rundir import RunDir  # a typo need not wait for it
 
     if resume is not None:
-        return RunDir.reopen(resume)
+        return RunDir.reopen(resume), settings
+    settings = _pin_parent(settings, in_sweep=trial is not None)
     run = RunDir.create(
         plain(settings),
         outputs=Path(settings.outputs),
@@ -76,7 +79,28 @@ def open_run(settings: RunSettings, *, trial: Path | None, overrides: list[str],
     record.mkdir()
     (record / "config.yaml").write_text(yaml.safe_dump(plain(settings), sort_keys=False), encoding="utf-8")
     (record / "overrides.yaml").write_text(yaml.safe_dump(overrides), encoding="utf-8")
-    return run
+    return run, settings
+
+
+def _pin_parent(settings: RunSettings, *, in_sweep: bool) -> RunSettings:
+    """The settings with a parent that lies on this disk by its full path: ``latest`` is another run tomorrow.
+
+    Raises:
+        UserError: ``parent=latest`` in a sweep, whose trials would each find another one.
+    """
+    from dpo_lora.rundir import find
+
+    if settings.parent is None:
+        return settings
+    try:
+        path = find(settings.parent, Path(settings.outputs)).path
+    except UserError:
+        if settings.parent == "latest":
+            raise
+        return settings  # an id on the hub, or nothing at all: lineage tells
+    if in_sweep and settings.parent == "latest":
+        raise UserError(f"parent=latest is another run each time a sweep goes on. Name it: parent={path}")
+    return replace(settings, parent=str(path))
 
 
 def compose(overrides: list[str], config_dir: Path | None = None) -> RunSettings:

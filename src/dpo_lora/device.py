@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -58,7 +58,11 @@ def choose(train: TrainSettings, seed: int) -> Machine:
             "or install the CUDA build of torch on a machine with a GPU."
         )
     use_cuda = cuda and train.device is not Device.cpu
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "A run trains on one device; torchrun (WORLD_SIZE above 1) would start the same run several times. "
+            "Use several GPUs for several runs: 'dpo-lora train -m ...' gives each trial its own."
+        )
     if use_cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -67,16 +71,18 @@ def choose(train: TrainSettings, seed: int) -> Machine:
         device, name = torch.device("cpu"), "CPU"
     if train.threads is not None:
         torch.set_num_threads(train.threads)
-    if train.pairs_per_step % world_size:
-        raise UserError(
-            f"train.pairs_per_step={train.pairs_per_step} cannot be shared by {world_size} devices; "
-            f"make it a multiple of {world_size}."
-        )
     _seed(seed)
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return Machine(device, _dtype(train.dtype, use_cuda), name, rank, world_size)
+    return Machine(device, _dtype(train.dtype, use_cuda), name, 0, 1)
+
+
+def for_use(train: TrainSettings) -> TrainSettings:
+    """The same settings for a machine that only uses what was trained elsewhere: its CPU where it has no GPU."""
+    if train.device is Device.cuda and not torch.cuda.is_available():
+        return replace(train, device=Device.auto, dtype=DType.auto)
+    return train
 
 
 def processor(train: TrainSettings) -> Machine:

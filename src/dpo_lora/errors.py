@@ -1,4 +1,4 @@
-"""The one exception that is shown to people without a traceback."""
+"""What ends a run without a traceback: a mistake that people can put right, and a signal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ class UserError(ValueError):
     The command line prints the message alone and exits with code 2. Everything else that is raised
     is our fault or the machine's, and keeps its traceback.
     """
+
+
+class Interrupted(SystemExit):
+    """The run stopped on a signal, its state on the disk."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
+        self.exit_code = exit_code  # the shell's for that signal: 128 + its number
 
 
 def nearest(name: str, valid: Iterable[str], most: int = 3) -> str:

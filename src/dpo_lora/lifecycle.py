@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from dpo_lora.callbacks import NotFiniteError, StopSignal
-from dpo_lora.errors import UserError
+from dpo_lora.errors import Interrupted, UserError
 from dpo_lora.provenance import command, git_state, machine, package_versions
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RUNNING, RunDir, ended
 from dpo_lora.settings import from_plain
@@ -25,10 +26,6 @@ from dpo_lora.settings import from_plain
 log = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
-
-class Interrupted(SystemExit):
-    """The run stopped on a signal with a checkpoint on disk; carries the shell's exit code for it."""
 
 
 @contextlib.contextmanager
@@ -45,7 +42,9 @@ def running(run: RunDir, console: Console) -> Iterator[StopSignal]:
         "machine": machine(),
         "git": git_state(),
     }
-    if "command" in (known := run.manifest()):
+    known = run.manifest()
+    before = known.get("timings", {}).get("total_seconds", 0.0)  # of the legs before this one, when it is resumed
+    if "command" in known:
         facts["resumed"] = [*known.get("resumed", []), command()]
     else:
         facts["command"] = command()
@@ -56,13 +55,11 @@ def running(run: RunDir, console: Console) -> Iterator[StopSignal]:
             quiet_libraries()
             yield stop
             status = FINISHED
-            if stop.received is not None:
-                status, reason = INTERRUPTED, stop.received.name
-                raise Interrupted(stop.exit_code)
         except KeyboardInterrupt as interrupt:
             status, reason = INTERRUPTED, "stopped before the step ended"
             raise Interrupted(stop.exit_code) from interrupt
         except Interrupted:
+            status, reason = INTERRUPTED, (stop.received or signal.SIGINT).name
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -74,14 +71,16 @@ def running(run: RunDir, console: Console) -> Iterator[StopSignal]:
             log.error("%s", explained, extra={"console": False})
             raise explained from error
         finally:
-            with contextlib.suppress(OSError):  # a full disk: the reason is already on its way up
-                seconds = round(time.monotonic() - begun, 3)
-                run.write_manifest(ended(status, reason=reason or None, timings={"total_seconds": seconds}))
-                if from_plain(run.settings()).eval.report:
-                    from dpo_lora.reports import report
+            seconds = round(before + time.monotonic() - begun, 3)
+            try:
+                with contextlib.suppress(OSError):  # a full disk: the reason is already on its way up
+                    run.write_manifest(ended(status, reason=reason or None, timings={"total_seconds": seconds}))
+                    if from_plain(run.settings()).eval.report:
+                        from dpo_lora.reports import report
 
-                    report.write(run)
-            run.release()
+                        report.write(run)
+            finally:
+                run.release()
 
 
 def _explain(error: Exception, run: RunDir) -> UserError | None:
@@ -98,8 +97,8 @@ def _explain(error: Exception, run: RunDir) -> UserError | None:
         return UserError(text)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return UserError(
-            f"Out of memory: {text.splitlines()[0]} Lower train.micro_batch (the result does not depend on it) or "
-            "data.max_length, or set train.gradient_checkpointing=true."
+            f"Out of memory: {text.splitlines()[0]} Lower train.micro_batch, eval.batch or data.max_length, or set "
+            "train.gradient_checkpointing=true."
         )
     return None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import peft
 import torch
+import xxhash
 
 from dpo_lora.errors import UserError
 from dpo_lora.rundir import FINISHED, find
@@ -77,3 +78,42 @@ def adapter(parent: Parent, model: torch.nn.Module, identity: dict[str, Any]) ->
         raise UserError(
             f"The adapter of parent={parent.location} could not be loaded onto this base: {error}"
         ) from error
+
+
+def require_same_shape(parent: Parent, policy: peft.PeftModel, wanted: peft.LoraConfig) -> None:
+    """An adapter keeps the shape it was made with: refuse ``lora`` settings that say another.
+
+    Args:
+        policy: the base with the parent's adapter.
+        wanted: the adapter that the settings describe.
+
+    Raises:
+        UserError: naming the settings to write instead.
+    """
+    has = policy.peft_config["default"]
+    names = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
+    differ = {
+        setting: getattr(has, field)
+        for setting, field in names.items()
+        if getattr(has, field) != getattr(wanted, field)
+    }
+    adapted: Any = policy.base_model.targeted_module_names
+    targets = {name.rsplit(".", 1)[-1] for name in adapted}
+    asked = wanted.target_modules
+    if asked != "all-linear" and set(asked or ()) != targets:
+        differ["targets"] = f"[{','.join(sorted(targets))}]"
+    if differ:
+        words = " ".join(f"lora.{setting}={value}" for setting, value in differ.items())
+        raise UserError(
+            f"parent={parent.name} brings its own adapter, of another shape than the lora settings say. "
+            f"Go on with it as it is: {words}"
+        )
+
+
+def fingerprint(policy: peft.PeftModel) -> str:
+    """32 hex digits of the adapter's weights: what a run goes on from, whatever its folder is called."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(peft.get_peft_model_state_dict(policy).items()):
+        digest.update(name.encode())
+        digest.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()

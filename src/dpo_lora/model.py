@@ -85,8 +85,14 @@ def _load(settings: ModelSettings, machine: Machine) -> BaseModel:
             quantization_config=_quantization(settings.quantization, machine),
             **shared,
         )
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(_why_not(settings, error)) from error
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"{settings.name} could not be loaded with model.attention={settings.attention}, "
+            f"model.quantization={settings.quantization.value}, "
+            f"model.trust_remote_code={settings.trust_remote_code}: {error}"
+        ) from error
     _complete(tokenizer, settings)
     identity["commit"] = getattr(model.config, "_commit_hash", None)
     identity["weights"] = weights_fingerprint(model)

@@ -14,6 +14,20 @@ from dpo_lora.schema import DataSource, ModelSource, Quantization, RunSettings, 
 # Attention kernels of the packed engine; named here so that a typo answers before torch is imported.
 KERNELS = ("auto", "sdpa", "block", "varlen", "flex")
 
+# TRL's names, here for the same reason; a test compares them with TRL.
+ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+LOSSES = (
+    *ANY_DIVERGENCE,
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+)
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
 
 def check(run: RunSettings) -> None:
     """Refuse settings that cannot train, with the name, the value and what would do.
@@ -47,6 +61,30 @@ def _dpo(run: RunSettings) -> None:
         "it weighs the pull to the reference and must be above 0 (0.01 to 0.5 is usual).",
     )
     _need(bool(dpo.loss_type), "dpo.loss_type", dpo.loss_type, "name at least one loss.")
+    for loss in dpo.loss_type:
+        _need(
+            loss in LOSSES, "dpo.loss_type", loss, f"TRL has no such loss.{nearest(loss, LOSSES)} {', '.join(LOSSES)}."
+        )
+    _need(
+        dpo.f_divergence_type in DIVERGENCES,
+        "dpo.f_divergence_type",
+        dpo.f_divergence_type,
+        f"choose from {', '.join(DIVERGENCES)}.{nearest(dpo.f_divergence_type, DIVERGENCES)}",
+    )
+    fixed = [loss for loss in dpo.loss_type if loss not in ANY_DIVERGENCE]
+    _need(
+        dpo.f_divergence_type == "reverse_kl" or not fixed,
+        "dpo.f_divergence_type",
+        dpo.f_divergence_type,
+        f"{', '.join(fixed)} is defined with reverse_kl only.",
+    )
+    sorting = [loss for loss in dpo.loss_type if loss.startswith("aot")]
+    _need(
+        not (dpo.use_weighting and sorting),
+        "dpo.use_weighting",
+        dpo.use_weighting,
+        f"{', '.join(sorting)} sorts log-ratios over pairs, so no pair has a weight of its own.",
+    )
     if dpo.loss_weights is not None:
         _need(
             len(dpo.loss_weights) == len(dpo.loss_type),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -145,17 +144,21 @@ class RunDir:
         """Drop the rows past ``last_step``, and a half-written last one, before a run is continued from there."""
         trim_jsonl(self.metrics_file, last_step)
 
-    def point_latest(self) -> None:
-        """Make ``latest``, in the folder above, name this run."""
-        link = self.path.parent / "latest"
-        temporary = self.path.parent / f".latest-{os.getpid()}"
+    def logged_seconds(self) -> float:
+        """Seconds of the last row in metrics.jsonl, where a resumed run's clock goes on; 0 before the first."""
+        rows = list(read_jsonl(self.metrics_file)) if self.metrics_file.exists() else []
+        return float(rows[-1]["seconds"]) if rows else 0.0
+
+    def point_latest(self, outputs: Path) -> None:
+        """Make ``latest`` in ``outputs`` name this run, where it lies there; a file of that name stays what it is."""
+        link = outputs.resolve() / "latest"
+        if self.path.parent != link.parent or (link.exists() and not link.is_symlink()):
+            return
+        temporary = link.with_name(f".latest-{os.getpid()}")
         with contextlib.suppress(OSError):  # a file system without links: find() falls back to run.json
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(self.path.name)
             temporary.replace(link)
-
-    def free_bytes(self) -> int:
-        return shutil.disk_usage(self.path).free
 
 
 def trim_jsonl(path: Path, last_step: int) -> None:
@@ -187,12 +190,24 @@ def find(run: str, outputs: Path) -> RunDir:
     )
 
 
+def find_unfinished(outputs: Path) -> RunDir:
+    """The run in ``outputs`` that was started last of those which can be gone on with; trials go with their sweep.
+
+    Raises:
+        UserError: every run has finished, or is running.
+    """
+    cut_off = [r for r in runs(outputs) if r.path.parent == outputs.resolve() and r.status() in (INTERRUPTED, FAILED)]
+    if not cut_off:
+        raise UserError(f"No interrupted or failed run in {outputs.resolve()}; there is nothing to resume.")
+    return max(cut_off, key=lambda r: str(r.manifest().get("started", "")))
+
+
 def runs(outputs: Path) -> list[RunDir]:
     """Runs and trials below ``outputs``, whatever their status."""
     return [
         RunDir(p.parent)
         for depth in ("*", "*/*")
-        for p in outputs.glob(f"{depth}/run.json")
+        for p in outputs.resolve().glob(f"{depth}/run.json")
         if not p.parent.is_symlink() and not p.parent.parent.is_symlink()
     ]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpo_lora.errors import UserError
+from dpo_lora.errors import Interrupted, UserError
 from dpo_lora.rundir import RunDir
 from dpo_lora.schema import TrackerKind, TrackerMode, TrackingSettings
 
@@ -128,9 +128,8 @@ def open_tracker(
         group = tracking.group or (sweep.name if sweep else None)
         # A resumed run goes on in the run it had, where the service can append to it.
         before = run.manifest().get("tracker", {}).get("id") if mode == "online" else None
-        # As a context manager wandb marks a run that ends by an exception as crashed, and trial 2 of a
-        # sweep cannot write into trial 1's run.
-        with wandb.init(
+        # Not as a context manager: wandb's prints the traceback of whatever passes through, a user's mistake too.
+        wandb_run = wandb.init(
             project=tracking.project,
             entity=tracking.entity,
             group=group,
@@ -143,10 +142,17 @@ def open_tracker(
             id=before,
             resume="allow" if before else None,
             settings=wandb.Settings(silent=True, console="off"),
-        ) as wandb_run:
-            wandb_run.define_metric("trainer/step")
-            wandb_run.define_metric("*", step_metric="trainer/step")
+        )
+        wandb_run.define_metric("trainer/step")
+        wandb_run.define_metric("*", step_metric="trainer/step")
+        try:
             yield WandbTracker(wandb_run, mode)
+        except BaseException as error:
+            # The code of a signal for an interrupted run, 1 for a crash: never the green of a finished one.
+            wandb_run.finish(exit_code=error.exit_code if isinstance(error, Interrupted) else 1)
+            raise
+        # Closed here, so that the next trial of this process cannot write into it.
+        wandb_run.finish(exit_code=0)
 
 
 def sweep_run(tracking: TrackingSettings, sweep: Path, rows: list[dict[str, Any]], page: Path) -> None:

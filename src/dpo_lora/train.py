@@ -53,7 +53,7 @@ def train(
     from dpo_lora.training import Training
 
     console = Console(stderr=True)
-    run = composition.open_run(settings, trial=trial, overrides=overrides or [], resume=resume)
+    run, settings = composition.open_run(settings, trial=trial, overrides=overrides or [], resume=resume)
     with lifecycle.running(run, console) as stop:
         machine = device.choose(settings.train, settings.seed)
         parent = lineage.resolve(settings.parent, Path(settings.outputs))
@@ -66,7 +66,7 @@ def train(
         with tracking.open_tracker(settings.tracking, run, sweep, plain(settings)) as tracker:
             training.execute(tracker)
     if sweep is None:
-        run.point_latest()
+        run.point_latest(Path(settings.outputs))
     return run.path
 
 

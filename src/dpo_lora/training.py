@@ -11,11 +11,18 @@ from typing import Any
 from rich.console import Console
 
 from dpo_lora import checkpoints, lineage
-from dpo_lora.callbacks import BestCheckpoint, FiniteGuard, MetricsLog, ProgressLine, StopAtStepEnd, StopSignal
+from dpo_lora.callbacks import (
+    BestCheckpoint,
+    FiniteGuard,
+    MetricsLog,
+    ProgressLine,
+    StopAtStepEnd,
+    StopSignal,
+)
 from dpo_lora.device import Machine
 from dpo_lora.dpo.arguments import arguments
 from dpo_lora.dpo.trainer import PairTrainer
-from dpo_lora.errors import UserError
+from dpo_lora.errors import Interrupted, UserError
 from dpo_lora.evaluation.record import Record
 from dpo_lora.evaluation.sampler import Sampler
 from dpo_lora.lineage import Parent
@@ -44,6 +51,10 @@ class Training:
     callbacks: Sequence[Any] = ()  # besides the usual ones
     timings: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.progress_line = ProgressLine(self.console)
+        self.parent_adapter = "none"  # fingerprint of the adapter that this run goes on from
+
     def execute(self, tracker: Tracker) -> None:
         """Train to the end, or to the signal that stops it."""
         record = Record(self.run, self.settings, writes=self.machine.is_main)
@@ -64,21 +75,34 @@ class Training:
             step = checkpoints.step_of(checkpoint)
             self.run.trim_metrics(step)
             record.restore(step)
-            trim_jsonl(self.run.samples_file, step)
-            trainer.count_on(checkpoint)
-        begun = time.monotonic()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        self.timings["training_seconds"] = round(time.monotonic() - begun, 3)
-        if self.stop.received is None:
-            self._finish(trainer, record, sampler, tracker)
+            # The answers of the last step come after its checkpoint and are taken again.
+            trim_jsonl(self.run.samples_file, step - 1 if step >= trainer.args.max_steps else step)
+        self._train(trainer, checkpoint)
+        self.timings["training_seconds"] = round(trainer.progress.seconds, 3)
+        if self.stop.received is not None:
+            raise Interrupted(self.stop.exit_code)  # past the tracker, which closes as what the run became
+        self._finish(trainer, record, sampler, tracker)
+
+    def _train(self, trainer: PairTrainer, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            trainer.progress.restore(checkpoint)
+            step = checkpoints.step_of(checkpoint)
+            if step >= trainer.args.max_steps:  # cut off after the last step: transformers would take one more
+                trainer.load_adapter(str(checkpoint))
+                trainer.state.global_step = step
+                return
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            self.progress_line.close()  # an exception must not leave a live line behind
 
     def _trainer(self, tracker: Tracker, record: Record, sampler: Sampler) -> PairTrainer:
         is_fresh = self.parent is None
-        policy = (
-            self.base.model
-            if self.parent is None
-            else lineage.adapter(self.parent, self.base.model, self.base.identity)
-        )
+        policy: Any = self.base.model
+        if self.parent is not None:
+            policy = lineage.adapter(self.parent, self.base.model, self.base.identity)
+            lineage.require_same_shape(self.parent, policy, self.adapter)
+            self.parent_adapter = lineage.fingerprint(policy)
         return PairTrainer(
             run=self.settings,
             model=policy,
@@ -95,7 +119,7 @@ class Training:
                 StopAtStepEnd(self.stop),
                 BestCheckpoint(record, self.settings.train.patience),
                 MetricsLog(self.run, tracker),
-                ProgressLine(self.console),
+                self.progress_line,
                 *self.callbacks,
             ],
         )
@@ -105,6 +129,7 @@ class Training:
             "settings": fingerprint(self.settings),
             "weights": self.base.identity["weights"],
             "data": self.pairs.facts["train"]["tokens"],
+            "parent": self.parent_adapter,
         }
 
     def _checkpoint(self) -> Path | None:
@@ -138,14 +163,14 @@ class Training:
             return
         self.base.tokenizer.save_pretrained(self.run.path)
         trainer.save_adapter(self.run.path)
-        seconds, here = self.timings["training_seconds"], trainer.tokens_seen - trainer.tokens_before
+        seconds = self.timings["training_seconds"]
         self.run.write_manifest(
             {
                 "training": {
                     "steps": trainer.state.global_step,
-                    "pairs": trainer.pairs_seen * self.machine.world_size,
-                    "tokens": trainer.tokens_seen * self.machine.world_size,
-                    "tokens_per_second": round(here * self.machine.world_size / max(seconds, 1e-9), 1),
+                    "pairs": trainer.progress.pairs,
+                    "tokens": trainer.progress.tokens,
+                    "tokens_per_second": round(trainer.progress.tokens / max(seconds, 1e-9), 1),
                     "trainable_weights": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                     "peak_memory_bytes": self.machine.peak_memory(),
                 },

@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import yaml
@@ -87,7 +86,7 @@ def hub() -> Iterator[Hub]:
 
 
 def test_what_is_pushed_is_complete_private_and_tells_nothing_of_this_machine(
-    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path, hub: Hub
+    cli: CommandLine, tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory, hub: Hub
 ) -> None:
     run = cli("train", *tiny_overrides).run
     online = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
@@ -105,10 +104,10 @@ def test_what_is_pushed_is_complete_private_and_tells_nothing_of_this_machine(
     assert matter["model_name"] == "adapter"
     assert b"model='someone/adapter'" in hub.files["README.md"]
     assert not any(b"hf_secret" in content for content in hub.files.values())
-    # the command that made it is the one place where a path may stand
-    readme = hub.files.pop("README.md").decode()
-    assert str(tmp_path) not in readme.replace(readme.split("The exact command:")[1].split("```")[1], "")
-    assert not any(str(tmp_path).encode() in content for content in hub.files.values())
+    folders = str(tmp_path_factory.getbasetemp()).encode()  # of the run, the base model and the pairs
+    assert folders in (run / "README.md").read_bytes()
+    assert not [name for name, content in hub.files.items() if folders in content]
+    assert b"data.path=pairs.jsonl" in hub.files["README.md"]
 
 
 def test_a_refusal_of_the_hub_is_one_message(cli: CommandLine, tiny_overrides: list[str], hub: Hub) -> None:
@@ -126,6 +125,16 @@ def test_a_base_that_nobody_else_has_is_not_published(cli: CommandLine, tiny_ove
     outcome = cli("push", str(run), "someone/adapter")
     assert outcome.code == 2
     assert "--base OWNER/NAME" in outcome.err
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(cli: CommandLine, tiny_overrides: list[str], hub: Hub) -> None:
+    run = cli("train", *tiny_overrides, "train.max_steps=1").run
+    hub.server_close()  # nobody listens on its port any more
+    online = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
+    done = dpo_lora("push", str(run), "someone/adapter", "--base", "their/base", **online)
+    assert done.returncode == 2, done.stderr
+    assert "check the network" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_without_a_network_nothing_is_lost(cli: CommandLine, tiny_overrides: list[str]) -> None:

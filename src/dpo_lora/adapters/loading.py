@@ -42,7 +42,7 @@ def load(run: RunDir, *, quantized: bool = True) -> tuple[Any, Any]:
     base_settings = settings.model if quantized else replace(settings.model, quantization=Quantization.none)
     # The base is made from its identity, not from the path in adapter_config.json: a run copied from
     # another machine names a folder that is not here.
-    base = model.load(base_settings, device.choose(settings.train, settings.seed))
+    base = model.load(base_settings, device.choose(device.for_use(settings.train), settings.seed))
     policy = peft.PeftModel.from_pretrained(base.model, str(run.path))
     policy.eval()
     return policy, AutoTokenizer.from_pretrained(str(run.path))

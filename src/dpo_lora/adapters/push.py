@@ -39,7 +39,7 @@ def push(run: RunDir, hub_id: str, *, base: str | None, public: bool) -> str:
         UserError: no login, no network, no right to write, or a base model that only this machine has.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     require_finished(run)
     base = base or _base_on_the_hub(run)
@@ -54,7 +54,7 @@ def push(run: RunDir, hub_id: str, *, base: str | None, public: bool) -> str:
             )
         except HFValidationError as error:
             raise UserError(f"{hub_id} cannot be a repository's name: {error} Write it as OWNER/NAME.") from error
-        except (LocalTokenNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        except (LocalTokenNotFoundError, HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{hub_id} was not written: {reason} Log in with 'hf auth login' (or set HF_TOKEN) with a token that "

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 import trl
+from transformers.training_args import OptimizerNames
 
 from dpo_lora.device import Machine
-from dpo_lora.errors import UserError
+from dpo_lora.errors import UserError, nearest
 from dpo_lora.schema import RunSettings
 
 
@@ -21,7 +22,7 @@ def arguments(run: RunSettings, machine: Machine, folder: Path, training_pairs: 
         training_pairs: how many there are; fewer than one step's worth cannot train.
 
     Raises:
-        UserError: too few pairs for one optimizer step.
+        UserError: too few pairs for one optimizer step, or an optimizer that transformers does not have.
     """
     train, dpo = run.train, run.dpo
     if training_pairs < train.pairs_per_step:
@@ -29,10 +30,16 @@ def arguments(run: RunSettings, machine: Machine, folder: Path, training_pairs: 
             f"train.pairs_per_step={train.pairs_per_step}, but there are only {training_pairs} training pairs. "
             f"Set train.pairs_per_step={training_pairs} or lower."
         )
+    optimizers = [name.value for name in OptimizerNames]
+    if train.optimizer not in optimizers:
+        raise UserError(
+            f"train.optimizer={train.optimizer} is unknown.{nearest(train.optimizer, optimizers)} "
+            f"There are: {', '.join(optimizers)}."
+        )
     steps = train.max_steps or math.floor(train.epochs * (training_pairs // train.pairs_per_step))
     if steps < 1:
         raise UserError(f"train.epochs={train.epochs} over {training_pairs} pairs is less than one optimizer step.")
-    return trl.DPOConfig(
+    config = trl.DPOConfig(
         output_dir=str(folder),
         # The loss, by TRL's own names
         loss_type=list(dpo.loss_type),
@@ -76,3 +83,6 @@ def arguments(run: RunSettings, machine: Machine, folder: Path, training_pairs: 
         remove_unused_columns=False,
         dataloader_pin_memory=machine.device.type == "cuda",
     )
+    # Where a process sees several GPUs transformers would spread it over all of them, which DPO does not allow.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config

@@ -10,9 +10,6 @@ from typing import Any
 import trl
 
 from dpo_lora import checkpoints
-from dpo_lora.files import write_json
-
-SEEN = "seen.json"  # in each checkpoint
 
 
 class WholeCheckpoints(trl.DPOTrainer):
@@ -61,16 +58,15 @@ class WholeCheckpoints(trl.DPOTrainer):
             super(trl.DPOTrainer, self)._save_checkpoint(model, trial)
         if self.args.should_save:
             staged = staging / f"checkpoint-{self.state.global_step}"
-            write_json(staged / SEEN, self.seen())
+            self._beside_checkpoint(staged)
             checkpoints.seal(staged, folder, self.binding)
             best = self.protected_step()
             protected = None if best is None else checkpoints.at_step(folder, best)
             checkpoints.rotate(folder, self.keep_checkpoints, protected)
             checkpoints.clear_staging(folder)
 
-    def seen(self) -> dict[str, int]:
-        """Counts that a resumed training goes on from."""
-        return {}
+    def _beside_checkpoint(self, folder: Path) -> None:
+        """What else belongs into a checkpoint; written before it is sealed."""
 
     @contextlib.contextmanager
     def _staging(self, folder: Path) -> Iterator[Path]:

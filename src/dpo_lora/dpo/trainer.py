@@ -8,7 +8,6 @@ are exact over pairs, and checkpoints are whole or absent.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +28,8 @@ from dpo_lora.dpo.engines import (
     token_budget,
     warn_inseparable,
 )
+from dpo_lora.dpo.progress import Progress
 from dpo_lora.dpo.rows import REFERENCE, ReferenceRows
-from dpo_lora.dpo.saving import SEEN
 from dpo_lora.dpo.scoring import ExactScoring
 from dpo_lora.engine.batching import MicroBatch, cut, pair_tokens, separable
 from dpo_lora.evaluation.record import Record
@@ -64,10 +63,7 @@ class PairTrainer(ExactScoring):
         self.sampler = sampler
         self._is_untrained = False  # check_start has seen that policy and reference are one, and no step was taken
         self.evaluation_seconds = 0.0  # scores, samples and their figures
-        self.pairs_seen = 0
-        self.tokens_seen = 0
-        self.tokens_before = 0  # of those, before this process resumed the training
-        self._tokens_logged, self._time_logged = 0, time.monotonic()
+        self.progress = Progress()
         self._reference: dict[str, tuple[float, ...]] = {}  # reference log-probabilities, by pair_hash
         self.collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
         super().__init__(
@@ -100,19 +96,20 @@ class PairTrainer(ExactScoring):
         self.precompute_ref_logps = True  # TRL then reads the columns instead of running the reference
         self.reference_use = ReferenceUse(train.found + heldout.found, train.computed + heldout.computed)
 
-    def seen(self) -> dict[str, int]:
-        return {"pairs": self.pairs_seen, "tokens": self.tokens_seen}
-
-    def count_on(self, checkpoint: Path) -> None:
-        """Go on counting from what had been trained on when ``checkpoint`` was written."""
-        seen = json.loads((checkpoint / SEEN).read_text(encoding="utf-8"))
-        self.pairs_seen, self.tokens_seen = seen["pairs"], seen["tokens"]
-        self.tokens_before = self._tokens_logged = self.tokens_seen
-
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset  # preferences/ has done it
 
     # -- training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.progress.start()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.progress.stop()
+
+    def _beside_checkpoint(self, folder: Path) -> None:
+        self.progress.save(folder)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one optimizer step's pairs, as many in memory at a time as fit.
@@ -151,30 +148,42 @@ class PairTrainer(ExactScoring):
             total = self.budget.run(sizes, forward_backward, forget)
         else:  # a loss that looks across pairs sees them all at once, unless micro_batch says otherwise
             total = forward_backward(cut(sizes, None))
-        self.pairs_seen += len(rows)
-        self.tokens_seen += sum(len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+        self.progress.pairs += len(rows)
+        self.progress.tokens += sum(len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
         return total
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """TRL's loss; the accuracy it notes counts ties as wrong, here they count one half."""
-        seen: list[torch.Tensor] = []
+        seen: list[torch.Tensor] = []  # log-probabilities [2B, L-1] of the policy, then of the reference
 
-        def forward(**kwargs: Any) -> Any:
-            output = model(**kwargs)
-            seen.append(output.log_probs.detach().sum(dim=1))
-            return output
+        def note(_module: Any, _arguments: Any, output: Any) -> None:
+            seen.append(output.log_probs.detach())
 
-        loss: torch.Tensor = self._compute_loss(forward, inputs, return_outputs)
-        if REFERENCE[0] in inputs and self.ld_alpha is None:
-            chosen, rejected = seen[0].chunk(2)
-            margins = (chosen - inputs[REFERENCE[0]]) - (rejected - inputs[REFERENCE[1]])
-            tokens = inputs["completion_mask"].sum(dim=1).view(2, -1).sum(dim=0)
-            wins = torch.where(margins.abs() <= TIE_PER_TOKEN * tokens, 0.5, (margins > 0).float())
-            mode = "train" if self.model.training else "eval"
-            self._metrics[mode]["rewards/accuracies"][-1] = self.accelerator.gather(wins).mean().item()
+        models = [model] if self.ref_model is None else [model, self.ref_model]
+        hooks = [one.register_forward_hook(note) for one in models]
+        try:
+            loss: torch.Tensor = self._compute_loss(model, inputs, return_outputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        policy, *computed = (self._sequence_sums(values, inputs["completion_mask"]) for values in seen)
+        reference = computed[0] if computed else torch.cat([inputs[column] for column in REFERENCE])
+        chosen, rejected = (policy - reference).chunk(2)
+        margins = chosen - rejected
+        tokens = inputs["completion_mask"].sum(dim=1).view(2, -1).sum(dim=0)
+        wins = torch.where(margins.abs() <= TIE_PER_TOKEN * tokens, 0.5, (margins > 0).float())
+        self._metrics["train" if self.model.training else "eval"]["rewards/accuracies"][-1] = wins.mean().item()
         return loss
+
+    def _sequence_sums(self, log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+        """[2B, L-1] -> [2B], tokens past the shorter answer of a pair weighed by ld_alpha, as the loss does."""
+        if self.ld_alpha is None:
+            return log_probs.sum(dim=1)
+        position = completion_mask[:, 1:].cumsum(dim=1)
+        shorter = position[:, -1].view(2, -1).amin(dim=0).repeat(2)
+        return (log_probs * torch.where(position <= shorter[:, None], 1.0, self.ld_alpha)).sum(dim=1)
 
     def _at_most_micro_batch(self, pairs: Sequence[int]) -> list[Sequence[int]]:
         size = self.run.train.micro_batch or len(pairs)
@@ -198,12 +207,7 @@ class PairTrainer(ExactScoring):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            now = time.monotonic()
-            logs["pairs"] = self.pairs_seen * self.args.world_size
-            logs["tokens"] = self.tokens_seen * self.args.world_size
-            elapsed = max(now - self._time_logged, 1e-9)
-            logs["tokens_per_second"] = (self.tokens_seen - self._tokens_logged) * self.args.world_size / elapsed
-            self._tokens_logged, self._time_logged = self.tokens_seen, now
+            logs.update(self.progress.figures())
         self._metrics["train"].pop("num_tokens", None)  # TRL's counts prompts twice; ours is "tokens"
         super().log(logs)
 
@@ -215,6 +219,8 @@ class PairTrainer(ExactScoring):
         self.log(dict(metrics))
         if self.sampler is not None:
             self.sampler.after_evaluation(self)
-        self.evaluation_seconds += time.monotonic() - begun
+        took = time.monotonic() - begun
+        self.evaluation_seconds += took
+        self.progress.pause(took)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -126,9 +126,9 @@ class TokenBudget:
                 if not is_out_of_memory(error):
                     raise
                 if len(batches) == len(sizes) or self.tokens // 2 < self.floor:
-                    raise ValueError(
-                        f"a single pair of up to {max(sizes)} tokens does not fit in memory; "
-                        "lower data.max_length, use a smaller model, or set train.gradient_checkpointing=true"
+                    raise UserError(
+                        f"A single pair of up to {max(sizes)} tokens does not fit in memory. "
+                        "Lower data.max_length, use a smaller model, or set train.gradient_checkpointing=true."
                     ) from error
             else:
                 self._grow()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lora import lineage, lora, model, settings
-from dpo_lora.device import choose
+from dpo_lora.device import choose, for_use
 from dpo_lora.dpo.arguments import arguments
 from dpo_lora.dpo.trainer import PairTrainer
 from dpo_lora.errors import UserError
@@ -45,6 +45,7 @@ def score(target: str, data: str | None, reference: str | None, outputs: Path) -
     if data is None and found.run is None:
         raise UserError(f"{target} is no run, so it has no held-out pairs of its own: name some with --data.")
     run = found.settings if data is None else replace(found.settings, data=_data(data))
+    run = replace(run, train=for_use(run.train))
     machine = choose(run.train, run.seed)
     base = model.load(run.model, machine)
     is_file = data is not None and Path(data).is_file()

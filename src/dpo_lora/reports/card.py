@@ -49,10 +49,17 @@ def render(run: RunDir, hub_id: str | None = None, hub_base: str | None = None) 
         settings=settings,
         evaluation=evaluation,
         losses=", ".join(settings["dpo"]["loss_type"]),
-        command=shlex.join(manifest["command"]),
+        data_path=_shown(manifest["data"]["path"]) if hub_id else manifest["data"]["path"],
+        command=shlex.join([_shown(word) for word in manifest["command"]] if hub_id else manifest["command"]),
         steps=manifest.get("training", {}).get("steps"),
         question=_QUESTIONS.get(settings["data"]["name"], _QUESTIONS["explainer"]),
     )
+
+
+def _shown(word: str) -> str:
+    """A word of a command line without this machine's folders: ``data.path=/home/me/p`` becomes ``data.path=p``."""
+    name, sign, value = word.rpartition("=")
+    return f"{name}{sign}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 _QUESTIONS = {

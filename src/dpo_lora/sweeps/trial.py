@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lora.files import write_json
-from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RUNNING, RunDir
+from dpo_lora.rundir import FINISHED, INTERRUPTED, RUNNING, RunDir
 from dpo_lora.schema import RunSettings
 from dpo_lora.settings import fingerprint, from_plain, plain
 
@@ -110,9 +110,6 @@ class Trial:
         if said == RUNNING and not live:
             return INTERRUPTED
         return said or WAITING
-
-    def has_failed(self) -> bool:
-        return self.status(live=False) == FAILED
 
 
 def setting_id(settings: dict[str, Any]) -> str:
