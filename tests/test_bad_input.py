@@ -193,4 +193,4 @@ def test_resume_of_what_is_no_run(cli: CommandLine, tmp_path: Path) -> None:
     assert "no run directory" in outcome.err
     outcome = cli("resume", "latest", "--outputs", str(tmp_path))
     assert outcome.code == 2
-    assert "No finished run" in outcome.err
+    assert "nothing to resume" in outcome.err

@@ -79,7 +79,7 @@ def test_find_by_path_name_and_latest(tmp_path: Path) -> None:
     older.write_manifest({"status": FINISHED, "ended": "2026-01-01T00:00:00Z"})
     newer = RunDir.create({}, outputs=tmp_path, name="x")
     newer.write_manifest({"status": FINISHED, "ended": "2026-01-02T00:00:00Z"})
-    newer.point_latest()
+    newer.point_latest(tmp_path)
     assert (tmp_path / "latest").resolve() == newer.path
     assert find("latest", tmp_path).path == newer.path
     assert find(older.path.name, tmp_path).path == older.path

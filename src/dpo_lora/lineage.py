@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from dpo_lora.errors import UserError
+from dpo_lora.lora import ALL_LINEAR
 from dpo_lora.rundir import FINISHED, find
 
 
@@ -80,12 +81,13 @@ def adapter(parent: Parent, model: torch.nn.Module, identity: dict[str, Any]) ->
         ) from error
 
 
-def require_same_shape(parent: Parent, policy: peft.PeftModel, wanted: peft.LoraConfig) -> None:
+def require_same_shape(parent: Parent, policy: peft.PeftModel, wanted: peft.LoraConfig, linear: set[str]) -> None:
     """An adapter keeps the shape it was made with: refuse ``lora`` settings that say another.
 
     Args:
         policy: the base with the parent's adapter.
         wanted: the adapter that the settings describe.
+        linear: the base's own linear layers, what ``all-linear`` stands for.
 
     Raises:
         UserError: naming the settings to write instead.
@@ -99,8 +101,8 @@ def require_same_shape(parent: Parent, policy: peft.PeftModel, wanted: peft.Lora
     }
     adapted: Any = policy.base_model.targeted_module_names
     targets = {name.rsplit(".", 1)[-1] for name in adapted}
-    asked = wanted.target_modules
-    if asked != "all-linear" and set(asked or ()) != targets:
+    asked = linear if wanted.target_modules == ALL_LINEAR else set(wanted.target_modules or ())
+    if asked != targets:
         differ["targets"] = f"[{','.join(sorted(targets))}]"
     if differ:
         words = " ".join(f"lora.{setting}={value}" for setting, value in differ.items())

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dpo_lora import checkpoints, lineage
+from dpo_lora import checkpoints, lineage, lora
 from dpo_lora.callbacks import (
     BestCheckpoint,
     FiniteGuard,
@@ -100,8 +100,9 @@ class Training:
         is_fresh = self.parent is None
         policy: Any = self.base.model
         if self.parent is not None:
+            linear = lora.linear_names(self.base.model)
             policy = lineage.adapter(self.parent, self.base.model, self.base.identity)
-            lineage.require_same_shape(self.parent, policy, self.adapter)
+            lineage.require_same_shape(self.parent, policy, self.adapter, linear)
             self.parent_adapter = lineage.fingerprint(policy)
         return PairTrainer(
             run=self.settings,
