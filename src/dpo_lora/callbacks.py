@@ -183,7 +183,7 @@ class ProgressLine(TrainerCallback):
         if "loss" not in logs or not state.is_world_process_zero:
             return
         figures = (
-            f"pairs {state.global_step * args.train_batch_size * args.world_size}"
+            f"pairs {logs['pairs']}"
             f"  loss {logs['loss']:.4f}  margin {logs.get('rewards/margins', 0):+.3f}"
             f"  acc {logs.get('rewards/accuracies', 0):.2f}  {logs.get('tokens_per_second', 0):.0f} tok/s"
         )

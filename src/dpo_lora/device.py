@@ -1,4 +1,4 @@
-"""What this machine can do: device, number format, memory, seed, determinism, ranks."""
+"""What this machine can do: device, number format, memory, seed, determinism."""
 
 from __future__ import annotations
 
@@ -20,12 +20,6 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
     name: str
-    rank: int
-    world_size: int
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def peak_memory(self) -> int:
         """Bytes at the highest: of the accelerator's allocator, or of this process on a CPU."""
@@ -39,7 +33,6 @@ class Machine:
             "device": str(self.device),
             "device_name": self.name,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "world_size": self.world_size,
             "threads": torch.get_num_threads(),
         }
 
@@ -75,7 +68,7 @@ def choose(train: TrainSettings, seed: int) -> Machine:
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return Machine(device, _dtype(train.dtype, use_cuda), name, 0, 1)
+    return Machine(device, _dtype(train.dtype, use_cuda), name)
 
 
 def for_use(train: TrainSettings) -> TrainSettings:
@@ -87,7 +80,7 @@ def for_use(train: TrainSettings) -> TrainSettings:
 
 def processor(train: TrainSettings) -> Machine:
     """This machine without its accelerators, leaving every generator and switch as it is."""
-    return Machine(torch.device("cpu"), _dtype(train.dtype, False), "CPU", 0, 1)
+    return Machine(torch.device("cpu"), _dtype(train.dtype, False), "CPU")
 
 
 def _dtype(wanted: DType, use_cuda: bool) -> torch.dtype:

@@ -57,7 +57,7 @@ class Training:
 
     def execute(self, tracker: Tracker) -> None:
         """Train to the end, or to the signal that stops it."""
-        record = Record(self.run, self.settings, writes=self.machine.is_main)
+        record = Record(self.run, self.settings, writes=True)
         texts = self.pairs.heldout_texts
         sampler = Sampler(self.run, self.settings, texts, self.base.tokenizer, record, tracker)
         trainer = self._trainer(tracker, record, sampler)

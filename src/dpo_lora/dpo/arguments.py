@@ -55,7 +55,7 @@ def arguments(run: RunSettings, machine: Machine, folder: Path, training_pairs: 
         disable_dropout=run.lora.dropout == 0,
         max_length=None,  # the pairs are cut to data.max_length already
         # The steps
-        per_device_train_batch_size=train.pairs_per_step // machine.world_size,
+        per_device_train_batch_size=train.pairs_per_step,
         gradient_accumulation_steps=1,  # the trainer below cuts a step's pairs itself
         dataloader_drop_last=True,  # a step is never fewer pairs; what an epoch leaves over changes with its shuffle
         max_steps=steps,
