@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dpo_lora.engine.products import linear
+
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TILE_ELEMENTS = {
     "cpu": 2**21,
@@ -116,7 +118,6 @@ class _Fold:
         self.weighted = None
         if gradient:
             self.weighted = torch.zeros(hidden.shape, device=hidden.device, dtype=torch.float32)
-        self.tile: Tensor | None = None
 
     def add(self, weight: Tensor, bias: Tensor | None, first: int) -> None:
         """Fold the tile of vocabulary ids first ... first + len(weight) - 1; weight [V_tile, H]."""
@@ -135,28 +136,27 @@ class _Fold:
         keep = None
         if self.rule.softcap is not None:
             keep = 1 - (z / self.rule.softcap) ** 2
-        raw = z.clone() if "entropy" in self.wanted else None
-        e = z.sub_(peak[:, None]).exp_()
+        z.sub_(peak[:, None])
+        e = z.exp() if "entropy" in self.wanted else z.exp_()
+        if "entropy" in self.wanted:
+            # sum_j e^(z_j - peak) (z_j - peak); the clamp is for the first tile, whose earlier peak is -inf
+            moved = self.entropy_sum + (self.peak - peak).clamp_min(-1e30) * self.total
+            self.entropy_sum = moved * rescale + torch.linalg.vecdot(e, z)
         self.total = self.total * rescale + e.sum(1)
-        if raw is not None:
-            self.entropy_sum = self.entropy_sum * rescale + torch.linalg.vecdot(e, raw)
         if "log_sum_sq_probs" in self.wanted:
             self.square_sum = self.square_sum * rescale**2 + torch.linalg.vecdot(e, e)
         if self.weighted is not None:
             if keep is not None:
                 e.mul_(keep)
             self.weighted.mul_(rescale[:, None])
-            _accumulate(self.weighted, e.to(weight.dtype), weight)
+            self.weighted = _accumulate(self.weighted, e.to(weight.dtype), weight)
         self.peak = peak
 
     def _logits(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        count, width = len(self.labels), len(weight)
-        if self.tile is None or self.tile.shape[1] != width:
-            self.tile = torch.empty(count, width, device=weight.device, dtype=weight.dtype)
-        torch.mm(self.hidden, weight.t(), out=self.tile)
+        tile = linear(self.hidden, weight)
         if bias is not None:
-            self.tile.add_(bias)
-        z = self.tile.float()  # the tile itself where it is float32
+            tile.add_(bias)
+        z = tile.float()  # the tile itself where it is float32
         if self.rule.scale != 1.0:
             z.mul_(self.rule.scale)
         if self.rule.softcap is not None:
@@ -179,7 +179,7 @@ class _Fold:
 
     def statistic(self, name: str, vocabulary: int) -> Tensor:
         if name == "entropy":
-            return self.peak + self.total.log() - self.entropy_sum / self.total
+            return self.total.log() - self.entropy_sum / self.total
         if name == "log_sum_sq_probs":
             return self.square_sum.log() - 2 * self.total.log()
         if name == "mean_logits":
@@ -198,12 +198,10 @@ class _Fold:
         return gradient.mul_(self.rule.scale) if self.rule.scale != 1.0 else gradient
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right with total in float32: rounding each tile's product to bfloat16 first biases
-    training."""
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, in float32: rounding each tile's product to bfloat16 first biases training."""
     if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        total.add_(torch.mm(left, right, out_dtype=torch.float32))
-    else:
-        total.add_(torch.mm(left.float(), right.float()))
+        return linear(left, right.t(), total)
+    if total.is_cuda:
+        return total.add_(torch.mm(left, right, out_dtype=torch.float32))
+    return total.add_(torch.mm(left.float(), right.float()))

@@ -4,7 +4,7 @@
 
 Eager autograd walks about sixty passes over [T, hidden] and [T, intermediate] a layer, each through memory.
 Written out, what is not a matrix product shrinks to a dozen passes in place, and only what backward needs is
-kept: the layer's input, the rotated qkv, the attention output, the middle residual, gate and up, and the
+kept: the layer's input, the rotated q, k, v, the attention output, the middle residual, gate and up, and the
 narrow LoRA products.
 """
 
@@ -91,54 +91,51 @@ class _Layer(torch.autograd.Function):
         return (dx, None, None, None, *grads)
 
 
-def _heads(qkv: Tensor, parts: LayerParts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q and k together, q, k, v) as [T, heads, head_dim] views of qkv [T, q + k + v]."""
-    counts = [len(p.weight) // parts.head_dim for p in parts.qkv]
-    heads = qkv.view(len(qkv), -1, parts.head_dim)
-    return (heads[:, : counts[0] + counts[1]], *heads.split(counts, 1))
+def _heads(flat: list[Tensor], parts: LayerParts) -> list[Tensor]:
+    """[T, heads * head_dim] each, as [T, heads, head_dim] views."""
+    return [x.view(len(x), -1, parts.head_dim) for x in flat]
 
 
 def _forward(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan):
     normed, inverse1 = normalise(x, parts.attention_norm, parts.epsilon)
     qkv, low_qkv = project(normed, parts.qkv)
-    both, q, k, v = _heads(qkv, parts)
-    rotation.turn(both, 1.0)
+    q, k, v = _heads(qkv, parts)
+    for rotated in (q, k):
+        rotation.turn(rotated, 1.0)
     attended = attend(q, k, v, plan, parts.scale, None).view(len(x), -1)
-    middle, low_out = project(attended, (parts.output,), start=x)
+    [middle], low_out = project(attended, (parts.output,), start=x)
     normed, inverse2 = normalise(middle, parts.mlp_norm, parts.epsilon)
-    gate_up, low_gate_up = project(normed, parts.gate_up)
-    gate, up = gate_up.chunk(2, -1)
+    (gate, up), low_gate_up = project(normed, parts.gate_up)
     active = torch.nn.functional.silu(gate).mul_(up)
-    out, low_down = project(active, (parts.down,), start=middle)
+    [out], low_down = project(active, (parts.down,), start=middle)
     empty = x.new_empty(0)
     lows = (empty if low is None else low for low in (low_qkv, low_out, low_gate_up, low_down))
-    return out, (inverse1, qkv, attended, middle, inverse2, gate_up, *lows)
+    return out, (inverse1, *qkv, attended, middle, inverse2, gate, up, *lows)
 
 
 def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPlan, need_input: bool):
-    inverse1, qkv, attended, middle, inverse2, gate_up, *lows = kept
-    low_qkv, low_out, low_gate_up, low_down = (low if low.numel() else None for low in lows)
+    inverse1, *qkv, attended, middle, inverse2, gate, up, low_qkv, low_out, low_gate_up, low_down = kept
+    low_qkv, low_out, low_gate_up, low_down = (
+        low if low.numel() else None for low in (low_qkv, low_out, low_gate_up, low_down)
+    )
     # the MLP: active = silu(gate) * up is made again, it costs one pass and is as wide as gate
-    gate, up = gate_up.chunk(2, -1)
     slope = torch.nn.functional.silu(gate)
-    d_active, down_grads = project_backward(grad, slope * up, low_down, (parts.down,))
-    d_gate_up = torch.empty_like(gate_up)
-    d_gate, d_up = d_gate_up.chunk(2, -1)
-    torch.mul(d_active, slope, out=d_up)
-    torch.ops.aten.silu_backward.grad_input(d_active.mul_(up), gate, grad_input=d_gate)
+    d_active, down_grads = project_backward([grad], slope * up, low_down, (parts.down,))
+    d_up = slope.mul_(d_active)
+    d_gate = torch.ops.aten.silu_backward(d_active.mul_(up), gate)
     del d_active, slope
     normed = (middle * inverse2).mul_(parts.mlp_norm)
-    d_normed, gate_up_grads = project_backward(d_gate_up, normed, low_gate_up, parts.gate_up)
-    del d_gate_up, d_gate, d_up
+    d_normed, gate_up_grads = project_backward([d_gate, d_up], normed, low_gate_up, parts.gate_up)
+    del d_gate, d_up
     d_middle = normalise_backward(d_normed, middle, inverse2, parts.mlp_norm).add_(grad)
 
-    d_attended, out_grads = project_backward(d_middle, attended, low_out, (parts.output,))
-    _, q, k, v = _heads(qkv, parts)
-    d_qkv = torch.empty_like(qkv)
-    d_both, *into = _heads(d_qkv, parts)
-    shape = q.shape
-    attend_backward(d_attended.view(shape), q, k, v, attended.view(shape), plan, parts.scale, None, into)
-    rotation.turn(d_both, -1.0)
+    d_attended, out_grads = project_backward([d_middle], attended, low_out, (parts.output,))
+    d_qkv = [torch.empty_like(each) for each in qkv]
+    q, k, v = _heads(qkv, parts)
+    into = _heads(d_qkv, parts)
+    attend_backward(d_attended.view(q.shape), q, k, v, attended.view(q.shape), plan, parts.scale, None, into)
+    for rotated in into[:2]:
+        rotation.turn(rotated, -1.0)
     normed = (x * inverse1).mul_(parts.attention_norm)
     d_normed, qkv_grads = project_backward(d_qkv, normed, low_qkv, parts.qkv, need_input)
     dx = None

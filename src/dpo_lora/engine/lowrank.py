@@ -15,6 +15,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from dpo_lora.engine.products import linear
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -75,66 +77,57 @@ def stacked_down(group: tuple[Projection, ...]) -> Tensor | None:
     return downs[0] if len(downs) == 1 else torch.cat(downs)
 
 
-def project(x: Tensor, group: tuple[Projection, ...], start: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """x [T, in] -> ([T, sum of outs], x A^T [T, sum of ranks]); `start` [T, out] is added (a single
+def project(
+    x: Tensor, group: tuple[Projection, ...], start: Tensor | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """x [T, in] -> (y_i [T, out_i] of each, x A^T [T, sum of ranks]); `start` [T, out] is added (a single
     projection)."""
-    widths = [len(p.weight) for p in group]
-    out = torch.empty(len(x), sum(widths), dtype=x.dtype, device=x.device)
     down = stacked_down(group)
-    low = None if down is None else x @ down.t()
-    at = rank_at = 0
-    for p, width in zip(group, widths, strict=True):
-        view = out[:, at : at + width]
-        if start is None:
-            torch.mm(x, p.weight.t(), out=view)
-        else:
-            torch.addmm(start, x, p.weight.t(), out=view)
+    low = None if down is None else linear(x, down)
+    outs: list[Tensor] = []
+    rank_at = 0
+    for p in group:
+        y = linear(x, p.weight, start)
         if p.bias is not None:
-            view.add_(p.bias)
+            y.add_(p.bias)
         if p.down is not None:
             rank = len(p.down)
-            view.addmm_(low[:, rank_at : rank_at + rank], p.up.t(), alpha=p.scale)
+            y.addmm_(low[:, rank_at : rank_at + rank], p.up.t(), alpha=p.scale)
             rank_at += rank
-        at += width
-    return out, low
+        outs.append(y)
+    return outs, low
 
 
 def project_backward(
-    grad: Tensor, x: Tensor, low: Tensor | None, group: tuple[Projection, ...], need_input: bool = True
+    grads: list[Tensor], x: Tensor, low: Tensor | None, group: tuple[Projection, ...], need_input: bool = True
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """grad [T, sum of outs], x [T, in], low from `project` -> (dx [T, in], [dA_1, dB_1, dA_2, ...])."""
+    """grads [T, out_i] of each, x [T, in], low from `project` -> (dx [T, in], [dA_1, dB_1, dA_2, ...])."""
     down = stacked_down(group)
     low_grad = None if low is None else torch.empty_like(low)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_input else None
+    dx: Tensor | None = None
     ups: list[Tensor | None] = []
-    at = rank_at = 0
-    for number, p in enumerate(group):
-        width = len(p.weight)
-        view = grad[:, at : at + width]
-        if dx is not None:
-            torch.mm(view, p.weight, out=dx) if number == 0 else dx.addmm_(view, p.weight)
+    rank_at = 0
+    for grad, p in zip(grads, group, strict=True):
+        if need_input:
+            dx = linear(grad, p.weight.t(), dx)
         if p.down is None:
             ups.append(None)
-        else:
-            rank = len(p.down)
-            ranks = slice(rank_at, rank_at + rank)
-            torch.mm(view, p.up, out=low_grad[:, ranks])
-            if p.scale != 1.0:
-                low_grad[:, ranks].mul_(p.scale)
-            ups.append((view.t() @ low[:, ranks]).mul_(p.scale))
-            rank_at += rank
-        at += width
-    grads: list[Tensor | None] = []
+            continue
+        ranks = slice(rank_at, rank_at + len(p.down))
+        torch.mul(linear(grad, p.up.t()), p.scale, out=low_grad[:, ranks])
+        ups.append(linear(low[:, ranks].t().contiguous(), grad.t()).t().mul(p.scale))
+        rank_at += len(p.down)
     if low is None:
         return dx, [None] * (2 * len(group))
     if dx is not None:
         dx.addmm_(low_grad, down)
-    down_grad = low_grad.t() @ x
+    down_grad = linear(low_grad.t().contiguous(), x.t())
+    weights: list[Tensor | None] = []
     rank_at = 0
     for p, up in zip(group, ups, strict=True):
         if p.down is None:
-            grads += [None, None]
+            weights += [None, None]
         else:
-            grads += [down_grad[rank_at : rank_at + len(p.down)], up]
+            weights += [down_grad[rank_at : rank_at + len(p.down)], up]
             rank_at += len(p.down)
-    return dx, grads
+    return dx, weights

@@ -1,0 +1,121 @@
+"""The pair engine on a CUDA device: flash and flex kernels, equality with TRL in float32 and within bfloat16's
+noise, out-of-memory halved, and a training by the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tests.engine import worlds
+from tests.engine.test_attention import PLANS, dense, plan_of
+
+from dpo_lora.engine.attention import KERNELS, default_kernel
+from dpo_lora.engine.batching import TokenBudget
+from dpo_lora.engine.forward import PackedForward
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda")
+HEAD_DIM = 64
+
+
+def inputs(plan, dtype):
+    torch.manual_seed(0)
+    shapes = ((1, heads, plan.tokens, HEAD_DIM) for heads in (4, 2, 2))
+    return [torch.randn(shape, device=DEVICE).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("segments", PLANS, ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "softcap", "tolerance"),
+    [
+        ("varlen", torch.bfloat16, None, 2e-2),
+        ("flex", torch.bfloat16, None, 2e-2),
+        ("flex", torch.float32, None, 5e-3),  # its products may round to TF32
+        ("flex", torch.float32, 2.0, 5e-3),
+    ],
+)
+def test_kernels_forward_and_backward(kernel, dtype, softcap, tolerance, segments):
+    plan = plan_of(*segments).to(DEVICE)
+    tensors = inputs(plan, dtype)
+    exact = [x.detach().double().cpu().requires_grad_() for x in tensors]
+    out = KERNELS[kernel](*tensors, plan, 0.125, softcap)
+    expected = dense(*exact, plan.to("cpu"), 0.125, softcap)
+    torch.manual_seed(1)
+    upstream = torch.randn(expected.shape, dtype=torch.float64)
+    out.backward(upstream.to(DEVICE, dtype))
+    expected.backward(upstream)
+    for ours, right in zip([out, *(x.grad for x in tensors)], [expected, *(x.grad for x in exact)], strict=True):
+        assert worlds.close(ours.detach().cpu(), right.detach()) < tolerance
+
+
+def step(trainer, batch):
+    loss = trainer._compute_loss(trainer.model, batch, False)
+    loss.backward()
+    return loss.detach().double().cpu(), worlds.gradients(trainer.model).double().cpu()
+
+
+def stock_and_packed(tmp_path, dtype):
+    """(loss, gradients) of stock and of packed, from the same weights in `dtype`."""
+    rows = worlds.pairs(6, longest=40)
+    base = worlds.model("llama", max_position_embeddings=256).to(dtype)
+    trainer = worlds.trainer(base, rows, tmp_path, use_cpu=False)
+    batch = {k: v.to(DEVICE) for k, v in trainer.data_collator(rows).items()}
+    trainer.model.to(DEVICE)
+    stock = step(trainer, batch)
+    packed = PackedForward(trainer.model)
+    packed.install()
+    try:
+        return stock, step(trainer, batch), packed.kernel
+    finally:
+        packed.detach()
+
+
+def test_float32_equals_trl(tmp_path):
+    stock, ours, kernel = stock_and_packed(tmp_path, torch.float32)
+    assert kernel == "flex"
+    assert worlds.close(ours[0], stock[0]) < 1e-4
+    assert worlds.close(ours[1], stock[1]) < 1e-3
+
+
+def test_bfloat16_is_as_near_to_float32_as_trl_is(tmp_path):
+    exact, _, _ = stock_and_packed(tmp_path / "exact", torch.float32)
+    stock, ours, _ = stock_and_packed(tmp_path / "bf16", torch.bfloat16)
+    for place in (0, 1):  # loss, gradients
+        noise = worlds.close(stock[place], exact[place])
+        assert worlds.close(ours[place], exact[place]) < 2 * noise + 1e-3
+
+
+def test_flash_is_chosen_where_it_serves():
+    assert default_kernel(DEVICE, torch.bfloat16, None, 64) == "varlen"
+    assert default_kernel(DEVICE, torch.bfloat16, 50.0, 64) == "flex"
+    assert default_kernel(DEVICE, torch.float32, None, 64) == "flex"
+
+
+def test_a_step_that_does_not_fit_is_cut_until_it_does():
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    budget = TokenBudget(start=64, ceiling=64, floor=1)
+
+    def run(batches):
+        for batch in batches:  # a row of 16 tokens takes a quarter of the device, one of 64 all of it
+            torch.empty(batch.tokens * total // 64, dtype=torch.uint8, device=DEVICE)
+        return len(batches)
+
+    assert budget.run([8] * 8, run, lambda: None) > 1
+    assert budget.tokens < 64
+
+
+@pytest.mark.parametrize("words", [[], ["train.gradient_checkpointing=true"]], ids=str)
+def test_a_training_packed_and_stock(cli, tiny_overrides, words):
+    losses = {}
+    for engine in ("packed", "stock"):
+        run = cli("train", *tiny_overrides, "train=gpu", "train.pairs_per_step=4", f"train.engine={engine}", *words).run
+        manifest = json.loads((run / "run.json").read_text())
+        assert manifest["engine"]["engine"] == engine
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[engine] = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses["packed"]) > 0
+    assert losses["packed"] == pytest.approx(losses["stock"], abs=2e-2)
