@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-cluster test-gpu check fix
+.PHONY: help setup train test test-slow test-cluster test-gpu bench bench-gpu check fix
 
 help:  ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,24 @@ test-cluster: $(STAMP)  ## run the tests of sweeps through submitit and on a Ray
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+BENCH := $(BIN)/python -W ignore bench/engine.py
+bench: $(STAMP)  ## measure the pair engine beside stock TRL; about half an hour on two quiet cores
+	$(BENCH) --workload short --pairs 8 --rounds 3 --ablations
+	$(BENCH) --workload medium --pairs 8 --rounds 2
+	$(BENCH) --workload long --pairs 8 --rounds 1 --tuned-sizes 2
+	$(BENCH) --workload chat --pairs 4 --rounds 1 --tuned-sizes 2
+	if [ -d ../shared/data ]; then $(BENCH) --workload polite helpful --pairs 8 --rounds 1 --tuned-sizes 2; fi
+	$(BIN)/python -W ignore bench/curve.py
+	$(BIN)/python -W ignore bench/memory.py --workload short medium --growth
+	$(BIN)/python bench/table.py
+
+GPU ?= --device cuda --shape llama-3.2-1b --budget 0
+bench-gpu: $(STAMP)  ## the same on a CUDA device: Llama-3.2-1B's shape, bf16, 4 to 64 pairs a step
+	for pairs in 4 8 16 32 64; do \
+	  $(BENCH) $(GPU) --pairs-per-step $$pairs --pairs $$((4 * pairs)) --workload short medium long chat --ablations && \
+	  $(BIN)/python -W ignore bench/memory.py $(GPU) --pairs-per-step $$pairs || exit 1; done
+	$(BIN)/python bench/table.py
 
 check: $(STAMP)  ## lint, format and types; changes nothing
 	$(BIN)/ruff check src tests bench

@@ -1,25 +1,23 @@
 """The pair engine beside stock TRL, interleaved, on the same rows: python bench/engine.py [--quick].
 
-Variants of one optimizer step (8 pairs, AdamW on the adapters, fp32):
-  stock         TRL 1.16 DPOTrainer defaults: batch 8, gradient checkpointing, reference forward each step
-  stock-tuned   gradient checkpointing off, reference precomputed, rows grouped by length, best batch size of
-  1/2/4/8 ours          packed rows, reference forward each step ours-cached   packed rows, reference
-  log-probs from the cache
-and the ablations, each `ours-cached` without one piece. Times are medians of interleaved rounds; what is
-reported is the ratio inside each round. Real tokens: prompt once + both answers; padding and repeated prompts
-do not count.
+Variants of optimizer steps of 8 pairs (AdamW on the adapters, LoRA all-linear r=16):
+  stock          TRL's DPOTrainer with its defaults: batch 8, gradient checkpointing, reference forward each step
+  stock-tuned    no gradient checkpointing, rows grouped by length, the best of the batch sizes tried, reference
+                 precomputed
+  ours           packed rows, reference forward each step
+  ours-cached    packed rows, reference from the cache
+and ablations, each `ours-cached` with one piece replaced. What is compared, within each interleaved round (medians):
+  ours / stock                 both compute the reference
+  ours-cached / stock          the second run on the same data, against stock's every run
+  ours / tuned+reference       stock-tuned with the seconds of its own precomputation for these pairs (one epoch)
+  ours-cached / tuned          neither counts the reference
+Real tokens: prompt once + both answers; padding and repeated prompts do not count.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,8 +28,9 @@ sys.path[:0] = [
     str(Path(__file__).parents[1] / "src"),
 ]  # run as a script, uninstalled
 
+from bench.record import write  # noqa: E402
 from bench.variants import Bench  # noqa: E402
-from bench.workloads import PAIRS_PER_STEP, SHAPES, WORKLOADS, make_rows, matmul_rate  # noqa: E402
+from bench.workloads import FILES, PAIRS_PER_STEP, SHAPES, SHARED, WORKLOADS, matmul_rate, rows_of  # noqa: E402
 
 ABLATIONS = {
     "no by-hand layers": {"layers": "plain"},
@@ -39,13 +38,23 @@ ABLATIONS = {
     "recompute": {"recompute": True},
     "no statistics": {"statistics": ()},
     "no budget (one row)": {"budget": None},
+    "products by BLAS": {"onednn": False},
+}
+
+
+COMPARED = {
+    "ours / stock": ("ours", "stock"),
+    "ours-cached / stock": ("ours-cached", "stock"),
+    "ours / tuned+reference": ("ours", "tuned+reference"),
+    "ours-cached / tuned": ("ours-cached", "stock-tuned"),
 }
 
 
 def run_workload(name: str, args: argparse.Namespace, dtype: torch.dtype) -> dict:
-    rows = make_rows(WORKLOADS[name], args.pairs, SHAPES[args.shape]["vocab_size"])
-    bench = Bench(args.shape, rows, args.device, dtype, args.budget)
+    rows = rows_of(name, args.pairs, SHAPES[args.shape]["vocab_size"], args.shared)
+    bench = Bench(args.shape, rows, args.device, dtype, args.budget, args.pairs_per_step)
     bench.reference()
+    bench.ours(True)  # warm the allocator and the thread pool
     sizes = args.tuned_sizes
     tried = {size: bench.tuned(size)[0] if len(sizes) > 1 else 0.0 for size in sizes}
     best = min(tried, key=tried.get)
@@ -53,121 +62,71 @@ def run_workload(name: str, args: argparse.Namespace, dtype: torch.dtype) -> dic
         "stock": bench.stock,
         "ours": lambda: bench.ours(False),
         "stock-tuned": lambda: bench.tuned(best),
+        "stock-reference": lambda: (bench.reference(best), []),
         "ours-cached": lambda: bench.ours(True),
     }
     if args.ablations:
         variants |= {k: (lambda engine=engine: bench.ours(True, **engine)) for k, engine in ABLATIONS.items()}
-    bench.ours(True)  # warm the allocator and the thread pool
     seconds, losses, rates = {k: [] for k in variants}, {}, []
-    processor = {k: [] for k in variants}
     for _ in range(args.rounds):
         for key, run in variants.items():
             rates.append(matmul_rate(args.shape, args.device, dtype))
-            took, losses[key] = run()
+            try:
+                took, losses[key] = run()
+            except torch.OutOfMemoryError:  # a result too: this way does not fit
+                took, losses[key] = float("nan"), [float("nan")] * len(bench.steps())
+                bench.model.zero_grad()
             seconds[key].append(took)
-            processor[key].append(bench.processor_seconds)
             print(f"  {name} {key}: {took:.2f} s", file=sys.stderr, flush=True)
+    pairs = zip(seconds["stock-tuned"], seconds["stock-reference"], strict=True)
+    seconds["tuned+reference"] = [steps + reference for steps, reference in pairs]
     rate = statistics.median(rates)
+    timed = ("stock", "stock-tuned", "ours", "ours-cached")
+    middle = {k: statistics.median(v) for k, v in seconds.items()}
 
-    def ratio(slow: str, fast: str, times: dict[str, list[float]] = seconds) -> float:
-        return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
-
-    compared = [(a, b) for b in ("stock", "stock-tuned") for a in ("ours", "ours-cached")]
-
-    def share(key: str, cached: bool) -> float:
-        return statistics.median(bench.useful_flops(cached) / s for s in seconds[key]) / rate
+    def ratio(fast: str, slow: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
     return {
         "workload": name,
-        "means": WORKLOADS[name],
         "pairs": args.pairs,
+        "rounds": args.rounds,
         "real_tokens": bench.real_tokens(),
         "tuned_batch_size": best,
         "tuned_seconds": tried,
         "seconds": seconds,
+        "pairs_per_second": {k: args.pairs / middle[k] for k in timed},
+        "tokens_per_second": {k: bench.real_tokens() / middle[k] for k in timed},
         "matmul_gflops": rate / 1e9,
-        "processor_seconds": processor,
-        "ratios": {f"{a} / {b}": ratio(b, a) for a, b in compared},
-        # of processor time, which other processes on the machine disturb less; meaningful with --threads 1
-        "processor_ratios": {f"{a} / {b}": ratio(b, a, processor) for a, b in compared},
-        "matmul_share": {
-            "stock": share("stock", False),
-            "ours": share("ours", False),
-            "stock-tuned": share("stock-tuned", True),
-            "ours-cached": share("ours-cached", True),
-        },
-        "ablations": {k: ratio(k, "ours-cached") for k in ABLATIONS if k in seconds},
+        "matmul_gflops_seen": [r / 1e9 for r in rates],
+        "ratios": {k: ratio(*v) for k, v in COMPARED.items()},
+        "matmul_share": {k: bench.useful_flops(k.endswith(("tuned", "cached"))) / middle[k] / rate for k in timed},
+        "ablations": {k: ratio("ours-cached", k) for k in ABLATIONS if k in seconds},
         "largest_loss_difference": max(
             abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["stock"], strict=True)
         ),
     }
 
 
-def peak_memory(variant: str, workload: str, args: argparse.Namespace) -> dict:
-    """Peak of a fresh process that only makes this variant's steps (CPU: resident set; CUDA: allocated)."""
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        variant,
-        "--workload",
-        workload,
-        "--shape",
-        args.shape,
-        "--device",
-        args.device,
-        "--pairs",
-        str(PAIRS_PER_STEP),
-        "--threads",
-        str(args.threads),
-        "--dtype",
-        args.dtype,
-        "--budget",
-        str(args.budget or 0),
-    ]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def child(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    rows = make_rows(WORKLOADS[args.workload[0]], PAIRS_PER_STEP, SHAPES[args.shape]["vocab_size"])
-    bench = Bench(args.shape, rows, args.device, dtype, args.budget)
-    cuda = args.device == "cuda"
-    if "cached" in args.child or "tuned" in args.child:
-        for row in rows:
-            row["ref_chosen_logps"] = row["ref_rejected_logps"] = -10.0
-    before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    run = {
-        "stock": bench.stock,
-        "stock-tuned": lambda: bench.tuned(8),
-        "ours": lambda: bench.ours(False),
-        "ours-cached": lambda: bench.ours(True),
-        "ours-one-row": lambda: bench.ours(False, budget=None),
-    }
-    run[args.child]()
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"before": before, "peak": peak}))
-
-
 def print_table(results: list[dict]) -> None:
-    keys = list(results[0]["ratios"])
-    print(f"{'workload':9}" + "".join(f"{k:>27}" for k in keys) + f"{'matmul share ours/cached':>27}{'loss diff':>11}")
     for r in results:
-        shares = f"{r['matmul_share']['ours']:.0%} / {r['matmul_share']['ours-cached']:.0%}"
-        values = "".join(f"{r['ratios'][k]:>26.2f}x" for k in keys)
-        print(f"{r['workload']:9}{values}{shares:>27}{r['largest_loss_difference']:>11.1e}")
-        values = "".join(f"{r['processor_ratios'][k]:>26.2f}x" for k in keys)
-        print(f"  by cpu {values}")
+        print(f"{r['workload']}: {r['pairs']} pairs, {r['real_tokens']} tokens, {r['rounds']} rounds")
+        for k, v in r["ratios"].items():
+            print(f"    {k:24} {v:5.2f} times as fast")
+        for k, v in r["pairs_per_second"].items():
+            tokens, share = r["tokens_per_second"][k], r["matmul_share"][k]
+            print(
+                f"    {k:24} {v:5.2f} pairs/s, {tokens:5.0f} tokens/s, {share:4.0%} of {r['matmul_gflops']:.0f} GFLOP/s"
+            )
+        print(f"    loss differs by {r['largest_loss_difference']:.1e} (relative)")
         for k, v in r["ablations"].items():
             print(f"    {k}: takes {v:.2f} times as long as ours-cached")
-        for k, v in r.get("memory", {}).items():
-            print(f"    peak memory {k}: {v['peak'] / 2**20:.0f} MiB ({v['before'] / 2**20:.0f} before)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one step a variant, one round, tuned batch size 2")
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["short", "medium", "long"])
+    parser.add_argument("--workload", nargs="+", choices=[*WORKLOADS, *FILES], default=["short", "medium", "long"])
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None)
@@ -175,49 +134,24 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=640, help="tokens per micro-batch; 0: no limit")
-    parser.add_argument("--tuned-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="tried for stock-tuned")
+    parser.add_argument("--tuned-sizes", type=int, nargs="+", default=[2, 8], help="tried for stock-tuned")
     parser.add_argument("--ablations", action="store_true")
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP)
+    parser.add_argument("--shared", type=Path, default=SHARED, help="folder of the pairs of 'helpful' and 'polite'")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.budget = args.budget or None
     if args.quick:
-        args.pairs, args.rounds, args.tuned_sizes = PAIRS_PER_STEP, 1, [2]
+        args.pairs, args.rounds, args.tuned_sizes = args.pairs_per_step, 1, [2]
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    if args.child:
-        return child(args, dtype)
     results = [run_workload(name, args, dtype) for name in args.workload]
-    if args.memory:
-        for r in results:
-            r["memory"] = {
-                v: peak_memory(v, r["workload"], args) for v in ("stock", "ours", "ours-one-row", "ours-cached")
-            }
     print_table(results)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    versions = {m: __import__(m).__version__ for m in ("torch", "transformers", "trl", "peft")}
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-    }
-    if args.device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "child")}
-    record = {
-        "date": stamp,
-        "machine": machine,
-        "versions": versions,
-        "settings": settings,
-        "results": results,
-    }
-    path = args.out / f"engine-{args.device}-{stamp}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path}")
-    return None
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "shared")}
+    step = "" if args.pairs_per_step == PAIRS_PER_STEP else f"-{args.pairs_per_step}"
+    path = args.out / f"engine-{args.device}{step}-{'-'.join(args.workload)}.json"
+    write(path, args.device, {"settings": settings, "results": results})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,16 @@ from bench.workloads import PAIRS_PER_STEP, make_trainer
 class Bench:
     """One model, one trainer; every variant is a way to make the same optimizer steps with it."""
 
-    def __init__(self, shape: str, rows: list[dict], device: str, dtype: torch.dtype, budget: int | None) -> None:
-        self.rows, self.device, self.budget = rows, device, budget
+    def __init__(
+        self,
+        shape: str,
+        rows: list[dict],
+        device: str,
+        dtype: torch.dtype,
+        budget: int | None,
+        pairs_per_step: int = PAIRS_PER_STEP,
+    ) -> None:
+        self.rows, self.device, self.budget, self.pairs_per_step = rows, device, budget, pairs_per_step
         self.trainer = make_trainer(shape, rows, tempfile.mkdtemp(), device, dtype)
         self.model = self.trainer.model
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -29,12 +37,23 @@ class Bench:
             self.model.gradient_checkpointing_disable()
         yield
 
-    def reference(self) -> None:
-        """Reference log-probs of all rows once, for the cached variants (TRL's way; not timed)."""
+    def reference(self, batch_size: int = 8) -> float:
+        """TRL's precomputed reference log-probs as columns of the rows; seconds it took, rows sorted by length."""
         self.model.gradient_checkpointing_disable()
+        order = self.by_length()
         for row in self.rows:
-            chosen, rejected = self.trainer.compute_ref_log_probs(self.model, self.batch([row]))
-            row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen.item(), rejected.item()
+            row.pop("ref_chosen_logps", None), row.pop("ref_rejected_logps", None)
+        began = self.now()
+        for at in range(0, len(order), batch_size):
+            part = [self.rows[i] for i in order[at : at + batch_size]]
+            for row, chosen, rejected in zip(
+                part, *self.trainer.compute_ref_log_probs(self.model, self.batch(part)), strict=True
+            ):
+                row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen.item(), rejected.item()
+        return self.now() - began
+
+    def by_length(self) -> list[int]:
+        return sorted(range(len(self.rows)), key=lambda i: sum(map(len, list(self.rows[i].values())[:3])))
 
     def batch(self, rows: list[dict]) -> dict:
         return {k: v.to(self.device) for k, v in self.trainer.data_collator(rows).items()}
@@ -74,13 +93,13 @@ class Bench:
 
     def tuned(self, batch_size: int) -> tuple[float, list[float]]:
         """The same number of pairs a step, over rows sorted by length (so its steps hold other pairs)."""
-        order = sorted(range(len(self.rows)), key=lambda i: sum(map(len, list(self.rows[i].values())[:3])))
-        steps = [order[i : i + PAIRS_PER_STEP] for i in range(0, len(order), PAIRS_PER_STEP)]
+        order = self.by_length()
+        steps = [order[i : i + self.pairs_per_step] for i in range(0, len(order), self.pairs_per_step)]
         cut = [[s[i : i + batch_size] for i in range(0, len(s), batch_size)] for s in steps]
         with self.checkpointing(False):
             return self.epoch(cut, cached=True)
 
-    def ours(self, cached: bool, budget: int | None = -1, **engine) -> tuple[float, list[float]]:
+    def ours(self, cached: bool, budget: int | None = -1, onednn: bool = True, **engine) -> tuple[float, list[float]]:
         from dpo_lora.engine.batching import cut, pair_tokens
         from dpo_lora.engine.forward import PackedForward
 
@@ -92,14 +111,18 @@ class Bench:
         packed = PackedForward(self.model, **engine)
         packed.install()
         try:
-            with self.checkpointing(False):
+            with self.checkpointing(False), torch.backends.mkldnn.flags(enabled=onednn):
                 return self.epoch(steps, cached)
         finally:
             packed.detach()
 
+    def adapter(self) -> torch.Tensor:
+        """All trained weights as they are now, one flat vector."""
+        return torch.cat([p.detach().flatten() for p in self.parameters])
+
     def steps(self) -> list[list[int]]:
         numbers = list(range(len(self.rows)))
-        return [numbers[i : i + PAIRS_PER_STEP] for i in range(0, len(numbers), PAIRS_PER_STEP)]
+        return [numbers[i : i + self.pairs_per_step] for i in range(0, len(numbers), self.pairs_per_step)]
 
     def real_tokens(self) -> int:
         return sum(len(r[k]) for r in self.rows for k in ("prompt_ids", "chosen_ids", "rejected_ids"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import transformers
@@ -17,6 +19,12 @@ WORKLOADS = {
     "long": (300, 120, 120),
     "chat": (600, 250, 200),
 }
+# Pairs of people, read where the file lies beside this checkout (they are not ours to ship).
+FILES = {
+    "helpful": "hh_helpful_base_test/hh_helpful_base_test_pairs.jsonl",
+    "polite": "rasbt_polite/rasbt_polite_pairs.jsonl",
+}
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 SHAPES = {
     # SmolLM2-135M-Instruct; random weights, the time does not depend on them
     "smollm2-135m": {
@@ -67,6 +75,39 @@ def make_rows(means: tuple[int, int, int], count: int, vocabulary: int, seed: in
     ]
 
 
+def read_rows(file: Path, count: int, seed: int = 0, longest: int = 1024) -> list[dict]:
+    """`count` pairs of a file of chats, drawn by the seed, in the embedded model's tokens (its template, its end of
+    turn)."""
+    from transformers import AutoTokenizer
+
+    from dpo_lora import embedded
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded.ensure())
+    lines = file.read_text(encoding="utf-8").splitlines()
+    random.Random(seed).shuffle(lines)
+    rows: list[dict] = []
+    for line in lines:
+        pair = json.loads(line)
+        prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        row = {"prompt_ids": list(prompt)}
+        for side in ("chosen", "rejected"):
+            row[f"{side}_ids"] = [*tokenizer(pair[side][0]["content"])["input_ids"], tokenizer.eos_token_id]
+        if len(prompt) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= longest:
+            rows.append(row)
+        if len(rows) == count:
+            break
+    return rows
+
+
+def rows_of(workload: str, count: int, vocabulary: int, shared: Path = SHARED) -> list[dict]:
+    """The pairs of a workload, random or from a file."""
+    if workload in FILES:
+        return read_rows(shared / FILES[workload], count)
+    return make_rows(WORKLOADS[workload], count, vocabulary)
+
+
 def make_trainer(shape: str, rows: list[dict], folder: str, device: str, dtype: torch.dtype):
     """TRL's DPOTrainer with its defaults around a random model of the shape; adapters moved away from
     zero."""
@@ -107,11 +148,24 @@ def make_trainer(shape: str, rows: list[dict], folder: str, device: str, dtype: 
 
 
 def matmul_rate(shape: str, device: str, dtype: torch.dtype, tokens: int = 1024) -> float:
-    """FLOP/s of plain products at the model's layer shapes, weighed by their work."""
+    """FLOP/s of plain products at the model's layer shapes, weighed by their work.
+
+    The better of torch.mm and, on a CPU in float32, the engine's own products: the peak is the machine's, not a
+    library's.
+    """
+    from dpo_lora.engine.products import linear
+
     s = SHAPES[shape]
     hidden, inter = s["hidden_size"], s["intermediate_size"]
+    rates = []
+    for product in (lambda x, w, out: torch.mm(x, w.t(), out=out), lambda x, w, out: linear(x, w)):
+        rates.append(_rate(product, ((hidden, hidden), (hidden, inter), (inter, hidden)), tokens, device, dtype))
+    return max(rates)
+
+
+def _rate(product, shapes, tokens: int, device: str, dtype: torch.dtype) -> float:
     work = seconds = 0.0
-    for k, n in ((hidden, hidden), (hidden, inter), (inter, hidden)):
+    for k, n in shapes:
         x, w = (
             torch.randn(tokens, k, device=device, dtype=dtype),
             torch.randn(n, k, device=device, dtype=dtype),
@@ -122,7 +176,7 @@ def matmul_rate(shape: str, device: str, dtype: torch.dtype, tokens: int = 1024)
             if device == "cuda":
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            torch.mm(x, w.t(), out=out)
+            product(x, w, out)
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)

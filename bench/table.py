@@ -1,0 +1,63 @@
+"""The results in bench/results as tables of docs/performance.md: python bench/table.py [FOLDER]."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def row(*cells: str) -> None:
+    print("| " + " | ".join(cells) + " |")
+
+
+def head(*cells: str) -> None:
+    row(*cells)
+    row("---", *("--:" for _ in cells[1:]))
+
+
+def speed(files: list[Path]) -> None:
+    results = [r for file in files for r in json.loads(file.read_text())["results"]]
+    order = ("short", "medium", "long", "chat", "polite", "helpful")
+    results.sort(key=lambda r: order.index(r["workload"]))
+    head("workload", *results[0]["ratios"], "rounds")
+    for r in results:
+        row(r["workload"], *(f"{v:.2f}" for v in r["ratios"].values()), str(r["rounds"]))
+    print()
+    ways = list(results[0]["pairs_per_second"])
+    head("workload", *(f"{way}: pairs/s, tokens/s, share" for way in ways), "GFLOP/s measured", "loss differs")
+    for r in results:
+        cells = (
+            f"{r['pairs_per_second'][way]:.2f}, {r['tokens_per_second'][way]:.0f}, {r['matmul_share'][way]:.0%}"
+            for way in ways
+        )
+        row(r["workload"], *cells, f"{r['matmul_gflops']:.0f}", f"{r['largest_loss_difference']:.0e}")
+    for r in results:
+        for name, times in r["ablations"].items():
+            print(f"\n{r['workload']}, {name}: {times:.2f} times as long as ours-cached", end="")
+    print()
+
+
+def memory(file: Path) -> None:
+    print()
+    found = json.loads(file.read_text())["memory"]
+    head("peak memory, MiB", *next(iter(found.values())), "ours / stock")
+    for workload, ways in found.items():
+        share = ways["ours"]["peak"] / ways["stock"]["peak"]
+        row(workload, *(f"{way['peak'] / 2**20:.0f}" for way in ways.values()), f"{share:.2f}")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    for device in ("cpu", "cuda"):
+        engine = sorted(folder.glob(f"engine-{device}-*.json"))
+        if engine:
+            speed(engine)
+        for file in sorted(folder.glob(f"memory-{device}*.json")):
+            memory(file)
+
+
+if __name__ == "__main__":
+    main()
