@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dpo_lora import __version__, cli_adapters
+from dpo_lora import __version__, cli_adapters, cli_evaluation
 from dpo_lora.cli_adapters import Outputs, Run
 from dpo_lora.cli_cache import cache
 from dpo_lora.errors import UserError
@@ -108,44 +108,7 @@ def status(
     room.show(found)
 
 
-@app.command()
-def score(
-    target: Annotated[str, typer.Argument(help="A run, an adapter (folder or hub id), or a whole model.")],
-    data: Annotated[str | None, typer.Option(help="A file of pairs or a data preset; none: the run's own.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Base of an adapter, or reference of a whole model.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval_pairs.jsonl.")] = None,
-    outputs: Outputs = Path("outputs"),
-) -> None:
-    """Score an adapter exactly, on its own held-out pairs or on any others."""
-    from dpo_lora.evaluation import commands
-
-    commands.score(target, data, reference, out, outputs)
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[str], typer.Argument(help="Two or more runs; each is compared with the first.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    outputs: Outputs = Path("outputs"),
-) -> None:
-    """Compare runs pair by pair on the held-out pairs that they share."""
-    from dpo_lora.evaluation import commands
-
-    commands.compare(runs, json_, outputs)
-
-
-@app.command()
-def judge(
-    runs: Annotated[list[str], typer.Argument(help="One run: reference against policy. Two: first against second.")],
-    model: Annotated[str, typer.Option(help="The judge's name at the endpoint.")],
-    base_url: Annotated[str, typer.Option(envvar="OPENAI_BASE_URL", help="Up to and including /v1.")],
-    cost: Annotated[bool, typer.Option("--cost", help="Say what it would ask, and ask nothing.")] = False,
-    outputs: Outputs = Path("outputs"),
-) -> None:
-    """Win rate of answers by a chat model at an OpenAI-compatible endpoint; the key comes from OPENAI_API_KEY."""
-    from dpo_lora.evaluation import commands
-
-    commands.judge(runs, model, base_url, os.environ.get("OPENAI_API_KEY"), cost, outputs)
+cli_evaluation.add(app)
 
 
 @app.command()
@@ -153,9 +116,12 @@ def report(
     target: Annotated[str, typer.Argument(help="A run, a sweep, or a folder of runs such as 'outputs'.")] = "latest",
     outputs: Outputs = Path("outputs"),
 ) -> None:
-    """Write a run's or a sweep's report.html, or the index.html of a folder of runs; prints its path."""
+    """Write a run's or a sweep's report.html, or the index.html of a folder of runs; says what a run's numbers say."""
+    from rich.console import Console
+
     from dpo_lora import rundir
-    from dpo_lora.reports import index, sweep
+    from dpo_lora.evaluation import diagnosis
+    from dpo_lora.reports import index, sweep, terminal
     from dpo_lora.reports import report as room
     from dpo_lora.sweeps import directory
 
@@ -167,6 +133,7 @@ def report(
         return
     found = rundir.find(target, outputs)
     room.write(found)
+    terminal.show_findings(Console(stderr=True), diagnosis.of_run(found))
     typer.echo(found.report_file)
 
 

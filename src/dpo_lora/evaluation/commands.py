@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -11,6 +12,11 @@ from dpo_lora import rundir
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation import comparison
 from dpo_lora.reports import terminal
+from dpo_lora.rundir import RunDir
+
+if TYPE_CHECKING:
+    from dpo_lora.evaluation.judge import Judge
+    from dpo_lora.evaluation.regression import Questions
 
 
 def score(target: str, data: str | None, reference: str | None, out: Path | None, outputs: Path) -> None:
@@ -62,28 +68,77 @@ def _level(confidence: float) -> str:
     return f"{100 * confidence:g} %"
 
 
-def judge(names: list[str], model: str, base_url: str, key: str | None, only_cost: bool, outputs: Path) -> None:
+def judge(
+    names: list[str],
+    model: str | None,
+    base_url: str | None,
+    key: str | None,
+    local: str | None,
+    only_cost: bool,
+    outputs: Path,
+) -> None:
     """``dpo-lora judge``: cost first, then verdicts, each kept in the (second) run's verdicts.jsonl.
 
     Raises:
-        UserError: more than two runs, or an endpoint that refuses.
+        UserError: more than two runs, no judge or two of them, or an endpoint that refuses.
     """
     from dpo_lora.evaluation import judge as room
-    from dpo_lora.evaluation.endpoint import Endpoint
+    from dpo_lora.evaluation.duels import duels
 
     if not 1 <= len(names) <= 2:
         raise UserError("Name one run (its reference against its policy) or two (the first against the second).")
     runs = [rundir.find(name, outputs) for name in names]
-    found, verdicts = room.duels(runs), runs[-1].path / "verdicts.jsonl"
+    found, verdicts = duels(runs), runs[-1].verdicts_file
+    chosen = _judge(runs[-1], model, base_url, key, local)
     console = Console()
-    cost = room.estimate(found, model, verdicts)
+    cost = room.estimate(found, chosen, verdicts)
     console.print(
-        f"{cost['questions']} questions to {model}, about {cost['prompt_tokens']} prompt and at most "
-        f"{cost['completion_tokens']} reply tokens."
+        f"{cost['questions']} questions to {chosen.model}, about {cost['prompt_tokens']} prompt and at most "
+        f"{cost['completion_tokens']} reply tokens.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     if only_cost:
         return
-    rows = list(room.judge(found, Endpoint(base_url, model, key), verdicts))
+    rows = list(room.judge(found, chosen, verdicts))
     summary = room.summary(rows, float(runs[-1].settings()["eval"]["confidence"]))
-    rundir.write_json(runs[-1].path / "judge.json", {"model": model, "runs": [r.path.name for r in runs], **summary})
+    rundir.write_json(runs[-1].judge_file, {"model": chosen.model, "runs": [r.path.name for r in runs], **summary})
     terminal.show_verdicts(console, [r.path.name for r in runs], summary)
+
+
+def _judge(run: RunDir, model: str | None, base_url: str | None, key: str | None, local: str | None) -> Judge:
+    from dpo_lora.evaluation.endpoint import Endpoint
+    from dpo_lora.evaluation.judge import ChatJudge
+
+    if local is not None:
+        if model is not None:
+            raise UserError("Name one judge: --model at an endpoint, or --local FOLDER on this machine.")
+        from dpo_lora import device, lifecycle, settings
+        from dpo_lora.evaluation import local_judge
+
+        lifecycle.quiet_libraries()
+        run_settings = settings.from_plain(run.settings())
+        return local_judge.load(local, device.choose(device.for_use(run_settings.train), run_settings.seed))
+    if model is None or base_url is None:
+        raise UserError(
+            "Name a judge: --model NAME --base-url URL (or OPENAI_BASE_URL) for an endpoint, or --local FOLDER for a "
+            "reward or chat model on this machine."
+        )
+    return ChatJudge(Endpoint(base_url, model, key))
+
+
+def regress(name: str, questions: Questions, outputs: Path) -> None:
+    """``dpo-lora regress``: a table to the terminal, all of it into the run's regress.json.
+
+    Raises:
+        UserError: the harness or a task is missing, or the run has no adapter.
+    """
+    from dpo_lora.evaluation import regression
+    from dpo_lora.lifecycle import quiet_libraries
+
+    quiet_libraries()
+    run = rundir.find(name, outputs)
+    found = regression.regress(run, questions, float(run.settings()["eval"]["confidence"]))
+    rundir.write_json(run.regress_file, found)
+    terminal.show_regression(Console(), run.path.name, found)

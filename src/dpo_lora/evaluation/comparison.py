@@ -9,12 +9,7 @@ import numpy as np
 
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation.scores import PairScores
-from dpo_lora.evaluation.statistics import (
-    bootstrap_intervals,
-    pairs_needed_for_difference,
-    sign_test,
-    weighted_mean,
-)
+from dpo_lora.evaluation.statistics import paired
 from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import RunDir
 
@@ -53,11 +48,7 @@ def compare_pairs(a: PairScores, b: PairScores, a_at: Any, b_at: Any, confidence
     # In nats, not rewards: those of runs with different beta have different units.
     margins = b.margins[b_at] - a.margins[a_at]
     clusters = [a.prompts[i] for i in a_at]
-    by_accuracy, by_margin = bootstrap_intervals(
-        lambda weights: [weighted_mean(wins, weights), weighted_mean(margins, weights)], clusters, confidence
-    )
-    ahead, behind = int(np.sum(wins > 0)), int(np.sum(wins < 0))
-    p_value = sign_test(ahead, behind)
+    by_margin = paired(margins, clusters, confidence)
     topics = np.asarray(["" if a.topics is None else a.topics[i] for i in a_at])
     return {
         "pairs": len(a_at),
@@ -65,17 +56,9 @@ def compare_pairs(a: PairScores, b: PairScores, a_at: Any, b_at: Any, confidence
         "only_second": len(b) - len(b_at),
         "accuracy_first": float(np.mean(a.wins[a_at])),
         "accuracy_second": float(np.mean(b.wins[b_at])),
-        "difference": float(np.mean(wins)),
-        "difference_interval": list(by_accuracy),
-        "confidence": confidence,
-        "second_ahead": ahead,
-        "first_ahead": behind,
-        "mcnemar_p": p_value,
-        "margin_difference_nats": float(np.mean(margins)),
-        "margin_difference_nats_interval": list(by_margin),
-        # Both, because the percentile bootstrap is too sure of itself when few pairs differ.
-        "distinguishable": p_value < 1 - confidence and not by_accuracy[0] <= 0 <= by_accuracy[1],
-        "pairs_needed": pairs_needed_for_difference(wins, confidence),
+        **paired(wins, clusters, confidence),
+        "margin_difference_nats": by_margin["difference"],
+        "margin_difference_nats_interval": by_margin["difference_interval"],
         "by_topic": [
             {
                 "name": str(topic),

@@ -5,6 +5,7 @@ Every threshold is named here; docs/evaluation.md says why it is what it is.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from dpo_lora.evaluation.statistics import pairs_needed_against_coin
+from dpo_lora.files import read_jsonl
+from dpo_lora.rundir import RunDir
 
 LENGTH_GAP = 0.05  # accuracy lost when long and short answers count the same
 LONGER_ANSWERS = 1.5  # policy's tokens over the reference's
@@ -33,6 +36,13 @@ class Finding:
     level: str  # "warning" or "note"
     says: str
     evidence: str
+
+
+def of_run(run: RunDir) -> list[Finding]:
+    """What the files of a run say so far."""
+    metrics = list(read_jsonl(run.metrics_file)) if run.metrics_file.exists() else []
+    evaluation = json.loads(run.eval_file.read_text(encoding="utf-8")) if run.eval_file.exists() else None
+    return diagnose(metrics, evaluation, run.settings())
 
 
 def diagnose(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,3 +119,27 @@ def pairs_needed_for_difference(differences: Array, confidence: float = 0.95, po
         return None
     z, z_power = NormalDist().inv_cdf(0.5 + confidence / 2), NormalDist().inv_cdf(power)
     return math.ceil((z + z_power) ** 2 * float(np.var(differences, ddof=1)) / mean**2)
+
+
+def paired(differences: Array, clusters: Sequence[str], confidence: float = 0.95) -> dict[str, Any]:
+    """What the second of two has over the first, item by item; positive differences are in its favour.
+
+    Args:
+        differences: second minus first, [N].
+        clusters: N names; items that share one are drawn together.
+        confidence: of the interval, and 1 - it the level of the test.
+    """
+    [interval] = bootstrap_intervals(lambda weights: [weighted_mean(differences, weights)], clusters, confidence)
+    ahead, behind = int(np.sum(differences > 0)), int(np.sum(differences < 0))
+    p_value = sign_test(ahead, behind)
+    return {
+        "difference": float(np.mean(differences)),
+        "difference_interval": list(interval),
+        "confidence": confidence,
+        "second_ahead": ahead,
+        "first_ahead": behind,
+        "mcnemar_p": p_value,
+        # Both, because the percentile bootstrap is too sure of itself when few items differ.
+        "distinguishable": p_value < 1 - confidence and not interval[0] <= 0 <= interval[1],
+        "pairs_needed": pairs_needed_for_difference(differences, confidence),
+    }

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dpo_lora.evaluation import diagnosis
+from dpo_lora.reports import terminal
 from dpo_lora.rundir import RunDir
 
 
@@ -36,6 +38,7 @@ def show(run: RunDir, console: Console) -> None:
     console.print(table)
     low, high = evaluation["after"]["accuracy_interval"]
     console.print(f"{evaluation['after']['pairs']} pairs held out; {_verdict(low, high)}")
+    terminal.show_findings(console, diagnosis.of_run(run))
     console.print(
         f"{training['steps']} steps, {training['pairs']} pairs, {training['tokens_per_second']:.0f} tokens/s, "
         f"peak memory {training['peak_memory_bytes'] / 2**30:.1f} GiB"

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from dpo_lora.evaluation.diagnosis import diagnose
+from dpo_lora.evaluation import diagnosis
 from dpo_lora.files import read_jsonl, write_atomic
-from dpo_lora.reports import figures
-from dpo_lora.reports.difference import differing
+from dpo_lora.reports import answers, figures
 from dpo_lora.reports.pages import render, safe_link, shown
 from dpo_lora.rundir import FINISHED, RunDir
 from dpo_lora.settings import defaults
 
-MOST_SAMPLES = 24
 LOG_LINES = 40
 
 
@@ -29,7 +28,7 @@ def page(run: RunDir) -> str:
     manifest, settings = run.manifest(), run.settings()
     metrics = list(read_jsonl(run.metrics_file)) if run.metrics_file.exists() else []
     pairs = list(read_jsonl(run.eval_pairs_file)) if run.eval_pairs_file.exists() else []
-    evaluation = json.loads(run.eval_file.read_text(encoding="utf-8")) if run.eval_file.exists() else None
+    evaluation = _read(run.eval_file)
     after = evaluation["after"] if evaluation else None
     status = run.status()
     reference = manifest.get("reference", {}).get("base", {})
@@ -50,10 +49,12 @@ def page(run: RunDir) -> str:
         baselines=evaluation and evaluation["baselines"],
         level=f"{100 * settings['eval']['confidence']:g} %",
         samples_summary=evaluation and evaluation.get("samples"),
-        findings=diagnose(metrics, evaluation, settings),
+        findings=diagnosis.of_run(run),
         training=figures.training(metrics, evaluation),
         heldout=figures.heldout([row for row in pairs if after and row["step"] == after["step"]], after),
-        samples=_samples(run),
+        samples=answers.of_run(run),
+        judge=_judged(run),
+        regression=_read(run.regress_file),
         data=_rows(manifest.get("data", {})),
         settings=_settings(settings),
         command=shlex.join(manifest.get("command", [])),
@@ -63,6 +64,19 @@ def page(run: RunDir) -> str:
         environment=_rows(_environment(manifest)),
         log="" if status == FINISHED else _log_end(run),
     )
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
+def _judged(run: RunDir) -> dict[str, Any] | None:
+    """The judge's win rate with who was judged; None where no prompt has a verdict."""
+    found = _read(run.judge_file)
+    if found is None or found["win_rate"] is None:
+        return None
+    against = "its reference" if len(found["runs"]) == 1 else found["runs"][0]
+    return {**found, "against": shown(against, 200), "model": shown(found["model"], 200)}
 
 
 def _when(manifest: dict[str, Any]) -> str:
@@ -83,36 +97,6 @@ def seconds_between(manifest: dict[str, Any]) -> float | None:
     if "ended" not in manifest:
         return None
     return (datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])).total_seconds()
-
-
-def _samples(run: RunDir) -> list[dict[str, Any]]:
-    """The last step's answers, greedy ones first."""
-    if not run.samples_file.exists():
-        return []
-    rows = list(read_jsonl(run.samples_file))
-    found = []
-    for row in [row for row in rows if row["step"] == rows[-1]["step"]][:MOST_SAMPLES]:
-        before, now = shown(row["reference"]["text"]), shown(row["policy"]["text"])
-        reference, policy = differing(before, now)
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            prompt = (
-                prompt[0]["content"] if len(prompt) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-            )
-        found.append(
-            {
-                "id": shown(row["id"], 100),
-                "step": row["step"],
-                "prompt": shown(prompt, 1000),
-                "decoding": row["decoding"],
-                "seed": row["seed"],
-                "reference": reference,
-                "policy": policy,
-                "same": before == now,
-                "preferred": shown(row["preferred"] or ""),
-            }
-        )
-    return found
 
 
 def _settings(settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dpo_lora.evaluation.diagnosis import Finding
+
 
 def show_scores(console: Console, name: str, found: dict[str, Any], longer: dict[str, Any], level: str) -> None:
     """The figures of one evaluation, its baselines and its groups."""
@@ -99,8 +101,51 @@ def show_verdicts(console: Console, names: list[str], found: dict[str, Any]) -> 
     low, high = found["win_rate_interval"]
     console.print(
         f"{escape(sides[0])} wins {found['win_rate']:.3f} ({low:.3f} to {high:.3f}) against {escape(sides[1])} on "
-        f"{found['prompts']} prompts; {_number(found['win_rate_length_controlled'])} with length controlled; the same "
-        f"winner in both orders on {found['consistent']:.0%}."
+        f"{found['prompts']} prompts; {_number(found['win_rate_length_controlled'])} with length controlled"
+        + ("." if found["consistent"] is None else f"; the same winner in both orders on {found['consistent']:.0%}.")
     )
     if found["without_verdict"]:
         console.print(f"{found['without_verdict']} questions have no verdict; the same command asks those again.")
+
+
+def show_regression(console: Console, name: str, found: dict[str, Any]) -> None:
+    """Base against adapter, task by task, ending in a plain sentence."""
+    level = f"{100 * found['confidence']:.3g} %"
+    table = _table(f"{name}: base against adapter", "", "documents", "base", "adapter", "gain", f"{level} together")
+    for row in found["rows"]:
+        paired = row["paired"]
+        table.add_row(
+            escape(f"{row['task']} {row['figure']}" + ("" if row["filter"] == "none" else f" ({row['filter']})")),
+            str(row["documents"]),
+            *(_with_error(row[side], row[f"{side}_error"]) for side in ("base", "adapter")),
+            "" if paired is None else f"{paired['difference']:+.4f}",
+            "" if paired is None else _interval(paired["difference_interval"]),
+        )
+    console.print(table)
+    console.print(regression_verdict(found["rows"]))
+
+
+def regression_verdict(rows: list[dict[str, Any]]) -> str:
+    """The regression in a sentence; a gain below 0 is a loss whichever way the figure points."""
+    clear = [row for row in rows if row["paired"] is not None and row["paired"]["distinguishable"]]
+    worse = [row["task"] for row in clear if row["paired"]["difference"] < 0]
+    better = [row["task"] for row in clear if row["paired"]["difference"] > 0]
+    said = f"Worse beyond chance: {', '.join(dict.fromkeys(worse))}." if worse else "No task is worse beyond chance."
+    if better:
+        said += f" Better beyond chance: {', '.join(dict.fromkeys(better))}."
+    if not worse:
+        widest = max((-row["paired"]["difference_interval"][0] for row in rows if row["paired"]), default=None)
+        said += "" if widest is None else f" A loss of up to {max(widest, 0):.3f} could have gone unseen."
+    return said
+
+
+def show_findings(console: Console, findings: list[Finding]) -> None:
+    """What the numbers say, each finding with its evidence."""
+    for finding in findings:
+        colour = "yellow" if finding.level == "warning" else "cyan"
+        console.print(f"[{colour}]{finding.level}[/{colour}]: {escape(finding.says)}", highlight=False)
+        console.print(f"  {finding.evidence}", style="dim", markup=False, highlight=False)
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
