@@ -62,8 +62,8 @@ def continuations(
         cache = output.past_key_values
         # On the CPU, so that a seed draws the same there and on a GPU up to rounding of the logits.
         scores = torch.log_softmax(output.logits[:, -1].float().cpu(), dim=-1)
-        draws = torch.multinomial(scores.exp(), 1, generator=generator).squeeze(1)
-        chosen = torch.where(drawn, draws, scores.argmax(-1))
+        chosen = scores.argmax(-1)
+        chosen[drawn] = _draw(scores[drawn], generator)
         for row, token in enumerate(chosen.tolist()):
             if ended[row]:
                 continue
@@ -77,6 +77,17 @@ def continuations(
         step = chosen.unsqueeze(1).to(device)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
     return [Continuation(*row) for row in zip(tokens, logps, ended, strict=True)]
+
+
+def _draw(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A token for each row of log-probabilities [N, vocabulary], by inversion of the cumulated probabilities.
+
+    One uniform number a row instead of one a token of the vocabulary, as torch.multinomial takes; and two models
+    that think nearly alike, asked with the same seed, mostly draw the same token.
+    """
+    cumulated = scores.double().exp().cumsum(-1)
+    threshold = torch.rand(len(scores), 1, generator=generator, dtype=torch.float64) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, threshold, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
 
 
 @torch.no_grad()
