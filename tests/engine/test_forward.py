@@ -8,24 +8,8 @@ from tests.engine import worlds
 
 from dpo_lora.engine.decoder import read_layers
 from dpo_lora.engine.forward import PackedForward
+from dpo_lora.rules import LOSSES
 
-LOSSES = [
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-]
 OPTIONS = [{"loss_type": loss, "label_smoothing": 0.1 if loss in ("exo_pair", "robust") else 0.0} for loss in LOSSES]
 # discopop weighs exp(-logits) against itself at a temperature of 0.05; small logits keep its gradient well
 # conditioned
