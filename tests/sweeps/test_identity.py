@@ -93,12 +93,13 @@ def test_a_killed_sweep_is_found_and_finished(
 ) -> None:
     world.kill_after = 1
     with pytest.raises(Killed):
-        cli(*sweep_words, "dpo.beta=0.05,0.1,0.2")
+        cli(*sweep_words, "dpo.beta=0.05,0.1,0.2", "sweep.objectives=[margin]", "eval.confidence=0.8")
     world.kill_after = None
     world.started.clear()
     (sweep,) = (tmp_path / "outputs").glob("dpo-*")
     shown = cli("status", str(sweep))
     assert "1 finished" in shown.out and "dpo-lora resume" in shown.out
+    assert "Ranking by margin" in shown.out and "80 % interval" in shown.out  # its own, before any summary was written
     assert cli("resume", str(sweep)).code == 0
     assert _betas(world) == ["0.1", "0.2"]
 

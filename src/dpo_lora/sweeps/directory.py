@@ -57,8 +57,11 @@ class SweepDir:
         return self.path / "report.html"
 
     @classmethod
-    def claim(cls, outputs: Path, name: str, identity: Identity, given: Path | None, command: list[str]) -> SweepDir:
+    def claim(cls, outputs: Path, name: str, identity: Identity, given: Path | None, facts: dict[str, Any]) -> SweepDir:
         """The directory of this sweep, held: ``given``, the newest of the same identity, or a new one.
+
+        Args:
+            facts: what sweep.json says from the start: the command, and by what trials are ranked.
 
         Raises:
             UserError: another process runs this sweep now, ``given`` holds a different one, or
@@ -74,7 +77,7 @@ class SweepDir:
                 sweep = cls(path.resolve())
                 sweep._hold()
                 sweep._check(digest)
-                facts = {"identity": digest, "command": command, "cwd": str(Path.cwd()), "status": RUNNING}
+                facts = {"identity": digest, "cwd": str(Path.cwd()), "status": RUNNING, **facts}
                 sweep.write({"started": now(), **sweep.summary(), **facts, "resumed": now()})
         except OSError as error:
             raise UserError(

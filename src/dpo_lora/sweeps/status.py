@@ -17,8 +17,7 @@ def show(sweep: SweepDir) -> None:
     """Print every trial, the ranking so far and what can be done, to stdout; writes nothing."""
     known = sweep.summary()
     live = sweep.is_live()
-    objectives, confidence = known.get("objectives", ["accuracy"]), known.get("confidence", 0.95)
-    facts = summary.build(sweep, objectives, confidence, live=live)
+    facts = summary.build(sweep, known["objectives"], known["confidence"], live=live)
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

@@ -71,7 +71,12 @@ class Sweep:
         if only_plan:
             known = target or same(outputs, identity.digest())
             return cls(SweepDir(known or outputs / "new"), settings, varied, config, loader)
-        directory = SweepDir.claim(outputs, f"dpo-{_name(config)}-lora-sweep", identity, target, command())
+        facts = {
+            "command": command(),
+            "objectives": settings.objectives,
+            "confidence": float(config.eval.confidence),
+        }
+        directory = SweepDir.claim(outputs, f"dpo-{_name(config)}-lora-sweep", identity, target, facts)
         config.hydra.sweep.dir = str(directory.path)
         return cls(directory, settings, varied, config, loader)
 
