@@ -1,11 +1,12 @@
 """Kill -9 a sweep's parent ten times over its whole course, start it again each time; compare with an undisturbed one.
 
-    python bench/sweeps/kill_parent.py --kills 10 --seed 0 -- OVERRIDES ...
+    python bench/sweeps/kill_parent.py [--kills 10] [--seed 0] [--out FILE.json] [-- OVERRIDES ...]
 
 The moments are drawn over the sweep's work, one from each tenth of it: a kill falls due once so many steps
 of all trials are in their metrics (for most kills, one since the last start), plus up to half a trial's
-length. Prints one JSON object: the moments, orphans seen two seconds after each kill, and whether the final
-tables (every column but times, speeds and memory) and the adapters' bytes are equal.
+length. Writes one JSON object: the moments, orphans seen two seconds after each kill, and whether the final
+tables (every column but times, speeds and memory) and the adapters' bytes are equal. Without overrides it is
+six short trials of the embedded model, some ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+from bench.record import write  # noqa: E402
+
+SHORT = [
+    "experiment=smoke", "train=cpu", "train.max_steps=6", "train.save_every=2", "tracking=none", "eval.samples=0",
+    "dpo.beta=0.05,0.1,0.2", "lora.r=8,16",
+]  # fmt: skip
 _TRAINING = 0.8  # share of the kills that wait for a step; the others may fall into start-up
 NOISY = {"tokens_per_second", "peak_memory_bytes", "seconds", "reason"}
 
@@ -33,7 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="+")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "sweep_kill_parent.json")
+    parser.add_argument("overrides", nargs="*", default=SHORT)
     options = parser.parse_args()
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,33 +58,31 @@ def main() -> None:
             if chance.random() < _TRAINING:
                 due = max(due, _steps(rough) + 1)  # not before some trial trains again
             process = subprocess.Popen(_command(options.overrides, rough), stdout=subprocess.DEVNULL)
-            begun = time.monotonic()
+            begun, before = time.monotonic(), _steps(rough)
             while _steps(rough) < due and process.poll() is None:
                 time.sleep(0.02)
             time.sleep(chance.uniform(0.0, usual / 2))
             if process.poll() is not None:
                 break  # through; it was killed as often as it could be
-            seen = {"due_at_step": round(due, 1), "steps_done": _steps(rough), "trials_done": _finished(rough)}
+            steps = {"due_at_step": round(due, 1), "steps_before": before, "steps_done": _steps(rough)}
+            seen = {**steps, "trials_done": _finished(rough)}
             process.send_signal(signal.SIGKILL)
             process.wait()
             time.sleep(2)
             kills.append({**seen, "seconds": round(time.monotonic() - begun, 1), "orphans": _orphans(process.pid)})
             print(kills[-1], file=sys.stderr, flush=True)
         subprocess.run(_command(options.overrides, rough), check=True, stdout=subprocess.DEVNULL)
-        print(
-            json.dumps(
-                {
-                    "kills": kills,
-                    "steps_in_all": work,
-                    "orphans": sum(len(k["orphans"]) for k in kills),
-                    "sweeps": len(list(rough.glob("*/sweep.json"))),
-                    "tables_equal": _table(calm) == _table(rough),
-                    "adapters_equal": _adapters(calm) == _adapters(rough),
-                    "rows": len(_table(rough)),
-                },
-                indent=2,
-            )
-        )
+        found = {
+            "overrides": options.overrides,
+            "kills": kills,
+            "steps_in_all": work,
+            "orphans": sum(len(k["orphans"]) for k in kills),
+            "sweeps": len(list(rough.glob("*/sweep.json"))),
+            "tables_equal": _table(calm) == _table(rough),
+            "adapters_equal": _adapters(calm) == _adapters(rough),
+            "rows": len(_table(rough)),
+        }
+        write(options.out, "cpu", found)
 
 
 def _steps(outputs: Path) -> int:

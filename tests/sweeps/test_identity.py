@@ -83,9 +83,12 @@ def test_ctrl_c_stops_in_order_and_resume_goes_on(
     assert facts(sweep)["counts"] == {"finished": 1, "interrupted": 1, "waiting": 1}
     world.stop_after = None
     world.started.clear()
-    assert cli("resume", str(sweep)).code == 0
+    resumed = cli("resume", str(sweep))
+    assert resumed.code == 0
     assert _betas(world) == ["0.1", "0.2"]
     assert facts(sweep)["counts"] == {"finished": 3}
+    told = [line.split()[:3:2] for line in resumed.err.splitlines() if "dpo.beta=" in line]
+    assert told == [["1/3", "running"], ["2/3", "finished"], ["2/3", "running"], ["3/3", "finished"]]
 
 
 def test_a_killed_sweep_is_found_and_finished(

@@ -30,9 +30,9 @@ def test_the_plan_says_it_before_anything_starts(cli: CommandLine, world: World,
     told = cli(*words)
     assert told.code == 0, told.err
     for line in (
-        "Trials: 12 (4 settings known now), 0 finished already",
+        "Trials: 12 (4 settings, 3 seeds each); 12 to run",
         "At a time: 1",
-        "Shared, done once: base model, pairs and reference log-probabilities, for 3 kinds of base and data",
+        "Shared, done once: base model, pairs and reference log-probabilities, for each of 3 combinations",
         "Time and memory: unknown",
         "Held-out pairs: 50. Best against 3 others, paired: differences in accuracy from about 0.229",
         "That is coarse",
@@ -42,5 +42,5 @@ def test_the_plan_says_it_before_anything_starts(cli: CommandLine, world: World,
     done = cli("train", *words[1:])
     assert done.code == 0, done.err
     again = cli(*words).out
-    assert "12 finished already" in again
+    assert "12 finished, nothing is left to run" in again
     assert "One trial: about 9 s, 1.0 GiB (from 12 finished runs of this base model)" in again

@@ -6,6 +6,7 @@ without one, the plan says so and guesses nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, median
@@ -13,10 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from dpo_lora.rundir import FINISHED, RunDir
+from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RunDir
+from dpo_lora.schema import Retry
 from dpo_lora.sweeps import shared, table
 from dpo_lora.sweeps.placement import Slot
-from dpo_lora.sweeps.trial import Trial
+from dpo_lora.sweeps.trial import PRUNED, Trial
 
 # Power of the comparison whose size the plan names: the usual 0.8.
 _POWER = 0.8
@@ -31,12 +33,15 @@ class Cost:
     runs: int
 
 
-def show(trials: list[Trial], expected: int, slots: list[Slot], outputs: Path, sweep: Path | None) -> None:
+def show(
+    trials: list[Trial], expected: int, begun: list[Trial], slots: list[Slot], outputs: Path, sweep: Path | None
+) -> None:
     """Print the plan to stdout.
 
     Args:
         trials: those that are known now; a study knows only its first.
         expected: trials in all.
+        begun: those of them that may lie in ``sweep``.
         sweep: the directory that would be gone on with; None for a new one.
     """
     console = Console()
@@ -44,32 +49,50 @@ def show(trials: list[Trial], expected: int, slots: list[Slot], outputs: Path, s
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
-    done = sum(trial.status(live=False) == FINISHED for trial in trials)
-    say(f"Trials: {expected} ({len({t.setting for t in trials})} settings known now), {done} finished already")
+    counts = Counter(trial.status(live=False) for trial in begun)
+    retries = bool(trials) and trials[0].settings["sweep"]["retry"] == Retry.failed.value
+    left = max(0, expected - sum(counts[status] for status in (FINISHED, PRUNED, *([] if retries else [FAILED]))))
+    say(f"Trials: {expected}{_shape(trials, expected)}; {_standing(counts, left, retries=retries)}")
     say(f"Directory: {'a new one in ' + str(outputs) if sweep is None else sweep}")
-    where = ", ".join(f"GPU {s.gpu}" for s in slots if s.gpu is not None) or f"{slots[0].threads} CPU threads each"
+    threads = f"{_many(slots[0].threads, 'CPU thread')} each"
+    where = ", ".join(f"GPU {s.gpu}" for s in slots if s.gpu is not None) or threads
     say(f"At a time: {len(slots)} ({where})")
     keys = {shared.key(t.settings): t for t in trials}
-    say(f"Shared, done once: {_shared(list(keys.values()))}")
-    left = max(0, expected - done)
+    each = "" if len(keys) < 2 else f", for each of {len(keys)} combinations of model and data"
+    say(f"Shared, done once: base model, pairs and reference log-probabilities{each}")
     cost = _cost(trials[0], outputs) if trials else None
     if cost is None:
         say("Time and memory: unknown; no finished run here has this base model. One trial alone will tell.")
     else:
         say(
             f"One trial: about {table.duration(cost.seconds)}, {cost.memory_bytes / 2**30:.1f} GiB "
-            f"(from {cost.runs} finished run{'s' if cost.runs > 1 else ''} of this base model)"
+            f"(from {_many(cost.runs, 'finished run')} of this base model)"
         )
-        rounds = -(-left // len(slots))
-        say(f"All: about {table.duration(rounds * cost.seconds)}, {len(slots) * cost.memory_bytes / 2**30:.1f} GiB")
+        rounds, memory = -(-left // len(slots)), len(slots) * cost.memory_bytes / 2**30
+        if left:
+            say(f"What is to run: about {table.duration(rounds * cost.seconds)}, {memory:.1f} GiB")
     for line in _resolution(trials, expected, outputs):
         say(line)
 
 
-def _shared(groups: list[Trial]) -> str:
-    """What is computed once for all trials, in words."""
-    kinds = f"{len(groups)} kind{'s' if len(groups) > 1 else ''} of base and data"
-    return f"base model, pairs and reference log-probabilities, for {kinds}"
+def _shape(trials: list[Trial], expected: int) -> str:
+    """How many settings and seeds make the trials up; nothing of those that a study has yet to choose."""
+    if len(trials) < expected:
+        return ", each chosen when it is due"
+    settings = len({trial.setting for trial in trials})
+    return "" if settings == expected else f" ({_many(settings, 'setting')}, {expected // settings} seeds each)"
+
+
+def _standing(counts: Counter[str], left: int, *, retries: bool) -> str:
+    """What has been done of a sweep and what is left, in words."""
+    parts = [f"{counts[status]} {status}" for status in (FINISHED, PRUNED, FAILED, INTERRUPTED) if counts[status]]
+    parts.append(f"{left} to run" if left else "nothing is left to run")
+    alone = " (sweep.retry=failed runs the failed again)" if counts[FAILED] and not retries else ""
+    return ", ".join(parts) + alone
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _cost(trial: Trial, outputs: Path) -> Cost | None:

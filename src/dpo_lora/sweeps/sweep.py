@@ -26,7 +26,7 @@ from dpo_lora.sweeps.directory import Identity, SweepDir, same
 from dpo_lora.sweeps.placement import Slot, slots
 from dpo_lora.sweeps.processes import Processes
 from dpo_lora.sweeps.queue import Listed, Queue, Source
-from dpo_lora.sweeps.trial import Trial
+from dpo_lora.sweeps.trial import Trial, read_all
 from dpo_lora.tracking import sweep_run
 from dpo_lora.typos import explain
 
@@ -148,10 +148,12 @@ class Sweep:
         from dpo_lora.sweeps import plan
 
         trials = list({t.id: t for overrides in jobs for t in self.compose(overrides)}.values())
-        expected = len(trials) if settings == len(jobs) else settings * self.settings.repeats
+        is_listed = settings == len(jobs)
+        expected = len(trials) if is_listed else settings * self.settings.repeats
+        begun = trials if is_listed else read_all(self.directory.path)
         room = slots(self.settings, Device(self.config.train.device), expected)
         known = self.directory.path if self.directory.summary_file.exists() else None
-        plan.show(trials, expected, room, Path(self.config.outputs), known)
+        plan.show(trials, expected, begun, room, Path(self.config.outputs), known)
 
     def summarise(self) -> dict[str, Any]:
         """Write sweep.json, trials.csv, ``best`` and the report; returns the summary."""

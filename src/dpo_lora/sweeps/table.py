@@ -32,13 +32,13 @@ class Watch:
         self.console, self.sweep, self.slots = console, sweep, slots
         self.expected = 0  # trials in all, as far as known
         self._begun, self._drawn = time.monotonic(), 0.0
-        self._at_start: set[str] | None = None
+        self._over_before: set[str] = set()
         self._told: dict[str, str] = {}
         self._live: Live | None = None
 
     def __enter__(self) -> Watch:
-        self._told = {t.id: s for t in read_all(self.sweep.path) if (s := t.status(live=False)) == FINISHED}
-        self._at_start = set(self._told)
+        self._told = {t.id: t.status(live=False) for t in read_all(self.sweep.path)}
+        self._over_before = self._over()
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
@@ -72,8 +72,7 @@ class Watch:
 
     def _line(self, trial: Trial, status: str) -> str:
         line = summary.row(trial, live=status == RUNNING)
-        done = sum(s not in (RUNNING, WAITING) for s in self._told.values())
-        facts = [f"{done}/{max(self.expected, len(self._told))}", trial.id[:8], status, label(line)]
+        facts = [f"{len(self._over())}/{max(self.expected, len(self._told))}", trial.id[:8], status, label(line)]
         if status == FINISHED:
             facts.append(f"accuracy {line['figures']['accuracy']:.3f}  {line['figures']['seconds']:.0f} s")
         elif status != RUNNING and (ended := trial.outcome()) and ended.reason:
@@ -86,13 +85,17 @@ class Watch:
         for line in rows:
             self._told[line["id"]] = line["status"]
         busy = sum(line["status"] == RUNNING for line in rows)
-        done = sum(line["status"] in (FINISHED, FAILED, PRUNED) for line in rows)
-        return f"{done} of {max(self.expected, len(rows))} done, {busy} of {self.slots} slots busy  {self._left()}"
+        done = f"{len(self._over())} of {max(self.expected, len(rows))} done"
+        return f"{done}, {busy} of {self.slots} slots busy  {self._left()}"
+
+    def _over(self) -> set[str]:
+        """Trials that have come to their end, as far as told; a failed one may yet be tried again."""
+        return {name for name, status in self._told.items() if status in (FINISHED, FAILED, PRUNED)}
 
     def _left(self) -> str:
         """About how long the rest takes, by what this process has seen."""
-        over = [name for name, s in self._told.items() if s in (FINISHED, FAILED, PRUNED)]
-        fresh = [name for name in over if name not in (self._at_start or set())]
+        over = self._over()
+        fresh = over - self._over_before
         left = max(0, self.expected - len(over))
         if not fresh or not left:
             return ""
