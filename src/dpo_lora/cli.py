@@ -74,7 +74,7 @@ def resume(
     from dpo_lora.sweeps import directory, status
 
     if run == "latest":
-        run = str(rundir.find_unfinished(outputs).path)
+        run = str(directory.find_unfinished(outputs, retry=retry))
     if (sweep := directory.find(run, outputs)) is not None:
         from dpo_lora.train import main as train_main
 

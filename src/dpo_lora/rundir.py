@@ -193,16 +193,9 @@ def find(run: str, outputs: Path) -> RunDir:
     )
 
 
-def find_unfinished(outputs: Path) -> RunDir:
-    """The run in ``outputs`` that was started last of those which can be gone on with; trials go with their sweep.
-
-    Raises:
-        UserError: every run has finished, or is running.
-    """
-    cut_off = [r for r in runs(outputs) if r.path.parent == outputs.resolve() and r.status() in (INTERRUPTED, FAILED)]
-    if not cut_off:
-        raise UserError(f"No interrupted or failed run in {outputs.resolve()}; there is nothing to resume.")
-    return max(cut_off, key=lambda r: str(r.manifest().get("started", "")))
+def unfinished(outputs: Path) -> list[RunDir]:
+    """The runs in ``outputs`` that can be gone on with; trials go with their sweep."""
+    return [r for r in runs(outputs) if r.path.parent == outputs.resolve() and r.status() in (INTERRUPTED, FAILED)]
 
 
 def runs(outputs: Path) -> list[RunDir]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -185,6 +188,18 @@ def sweep_run(tracking: TrackingSettings, sweep: Path, rows: list[dict[str, Any]
         data = [[_number(value) for value in row.values()] for row in rows]
         run.log({"trials": wandb.Table(columns=[*rows[0]], data=data, allow_mixed_types=True)})
         run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+
+
+def after_fork() -> None:
+    """In a child of a process that has wandb imported: the child gets a folder of its own for tables it logs.
+
+    wandb makes that folder when it is imported and removes it at exit, so the first child to end would
+    take it from all the others.
+    """
+    private = sys.modules.get("wandb.sdk.data_types._private")
+    if private is not None:
+        private.MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")
+        atexit.register(private.MEDIA_TMP.cleanup)  # and not the one it was imported with
 
 
 def _varied(run: RunDir) -> dict[str, str]:

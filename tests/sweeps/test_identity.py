@@ -83,7 +83,7 @@ def test_ctrl_c_stops_in_order_and_resume_goes_on(
     assert facts(sweep)["counts"] == {"finished": 1, "interrupted": 1, "waiting": 1}
     world.stop_after = None
     world.started.clear()
-    resumed = cli("resume", str(sweep))
+    resumed = cli("resume", "latest", "--outputs", str(tmp_path / "outputs"))
     assert resumed.code == 0
     assert _betas(world) == ["0.1", "0.2"]
     assert facts(sweep)["counts"] == {"finished": 3}
@@ -103,6 +103,7 @@ def test_a_killed_sweep_is_found_and_finished(
     shown = cli("status", str(sweep))
     assert "1 finished" in shown.out and "dpo-lora resume" in shown.out
     assert "Ranking by margin" in shown.out and "80 % interval" in shown.out  # its own, before any summary was written
+    assert "has no summary yet" in cli("report", str(sweep)).err
     assert cli("resume", str(sweep)).code == 0
     assert _betas(world) == ["0.1", "0.2"]
 

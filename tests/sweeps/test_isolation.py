@@ -57,9 +57,11 @@ def test_every_fault_ends_its_own_trial_alone(
     limit = 10 if "hydra/launcher=local" in launcher else 90  # there every trial imports the stack
     names = [f"{number}-{fault}" for number, fault in enumerate(ORDER, 1)]
     folders = [models(name, fault) for name, fault in zip(names, ORDER, strict=True)]
-    words = ["train", "-m", *(o for o in tiny_overrides if not o.startswith("model.name="))]
+    words = ["train", "-m", *(o for o in tiny_overrides if not o.startswith(("model.name=", "tracking=")))]
     words += [f"model.name={','.join(map(str, folders))}", "model.trust_remote_code=true"]
-    words += ["eval.samples=0", "eval.report=false", *launcher, f"sweep.trial_timeout={limit}", "sweep.grace=1"]
+    # Sampled answers go to W&B as a table: by way of a folder that no trial may take from another.
+    words += ["eval.samples=1", "eval.sample_tokens=8", "eval.report=false"]
+    words += [*launcher, f"sweep.trial_timeout={limit}", "sweep.grace=1"]
 
     first = dpo_lora(*words)
     assert first.returncode == 5, first.stderr

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from dpo_lora.errors import UserError
 from dpo_lora.files import read_jsonl, write_atomic
 from dpo_lora.reports import drawing, effects
 from dpo_lora.reports.drawing import Drawing, Line
@@ -23,8 +24,17 @@ def write(sweep: Path) -> Path:
 
 
 def page(sweep: Path) -> str:
-    """The page, from sweep.json and the trials' metrics."""
+    """The page, from sweep.json and the trials' metrics.
+
+    Raises:
+        UserError: the sweep has not written its summary yet.
+    """
     facts: dict[str, Any] = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))
+    if "trials" not in facts:
+        raise UserError(
+            f"{sweep} has no summary yet: it is written when the sweep ends or is stopped. 'dpo-lora status {sweep}' "
+            f"says how it stands; if it was killed, 'dpo-lora resume {sweep}' goes on with it."
+        )
     objective = facts["objectives"][0]
     finished = [t for t in facts["trials"] if t["status"] == "finished" and objective in t["figures"]]
     columns = {name: [t["varied"].get(name, "") for t in finished] for name in facts["varies"]}

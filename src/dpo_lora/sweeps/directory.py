@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from dpo_lora.errors import UserError
 from dpo_lora.files import write_json
-from dpo_lora.rundir import RUNNING, claim_second, now
+from dpo_lora.rundir import FAILED, INTERRUPTED, RUNNING, claim_second, now, unfinished
 
 # A reader that asks whether a sweep is live holds its lock for microseconds; whoever wants it waits that long.
 _PATIENCE = 2.0
@@ -140,6 +140,29 @@ def find(name: str, outputs: Path) -> SweepDir | None:
         if (path / "sweep.json").is_file():
             return SweepDir(path.resolve())
     return None
+
+
+def find_unfinished(outputs: Path, *, retry: bool) -> Path:
+    """The run or sweep in ``outputs`` that was started last of those which can be gone on with.
+
+    Args:
+        retry: a sweep of which only failed trials are left counts as well.
+
+    Raises:
+        UserError: each has finished, or is running.
+    """
+    found = [(str(run.manifest()["started"]), run.path) for run in unfinished(outputs)]
+    wanted = (RUNNING, INTERRUPTED, *([FAILED] if retry else []))
+    for file in outputs.resolve().glob("*/sweep.json"):
+        sweep = SweepDir(file.parent)
+        if (known := sweep.summary())["status"] in wanted and not sweep.is_live():
+            found.append((str(known["started"]), sweep.path))
+    if not found:
+        raise UserError(
+            f"No interrupted or failed run, and no interrupted sweep, in {outputs.resolve()}; "
+            "there is nothing to resume. A sweep's failed trials are run again with --retry."
+        )
+    return max(found)[1]
 
 
 def same(outputs: Path, digest: str) -> Path | None:

@@ -148,8 +148,10 @@ def _signal_group(pid: int, number: int) -> None:
 
 
 def _child(request: dict[str, Any]) -> int:
+    from dpo_lora import tracking
     from dpo_lora.sweeps import shared, worker
 
+    tracking.after_fork()
     os.setpgid(0, 0)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from dpo_lora.errors import UserError
-from dpo_lora.rundir import FAILED, INTERRUPTED
+from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED
 from dpo_lora.sweeps import summary, table
 from dpo_lora.sweeps.directory import SweepDir
+from dpo_lora.sweeps.trial import PRUNED
 
 
 def show(sweep: SweepDir) -> None:
@@ -27,10 +28,11 @@ def show(sweep: SweepDir) -> None:
         console.print(table.ranking_table(facts))
     counts = ", ".join(f"{number} {name}" for name, number in facts["counts"].items())
     console.print(f"\n{counts or 'no trials yet'}", highlight=False)
-    if (not live and set(facts["counts"]) - {"finished", "pruned", FAILED}) or known.get("status") == INTERRUPTED:
-        console.print(f"Go on: dpo-lora resume {sweep.path}", highlight=False, soft_wrap=True)
-    elif not live and FAILED in facts["counts"]:
-        console.print(f"Run the failed again: dpo-lora resume {sweep.path} --retry", highlight=False, soft_wrap=True)
+    again = f"dpo-lora resume {sweep.path}"
+    if not live and (known["status"] == INTERRUPTED or set(facts["counts"]) - {FINISHED, PRUNED, FAILED}):
+        console.print(f"Go on: {again}", highlight=False, soft_wrap=True)
+    if not live and FAILED in facts["counts"]:
+        console.print(f"Run the failed again: {again} --retry", highlight=False, soft_wrap=True)
 
 
 def command_again(sweep: SweepDir, *, retry: bool) -> list[str]:

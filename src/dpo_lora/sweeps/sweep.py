@@ -183,13 +183,16 @@ class Sweep:
             console.print(table.ranking_table(facts))
         failed = [line for line in facts["trials"] if line["status"] == FAILED]
         for line in failed:
-            console.print(f"\nfailed: {line['id']}  {table.label(line)}\n  {line['reason']}", highlight=False)
+            console.print(f"\nfailed: {line['id']}  {table.label(line)}", highlight=False, soft_wrap=True)
+            console.print(f"  {line['reason']}", highlight=False, markup=False, soft_wrap=True)
             for said in line["log"][-3:]:
                 console.print(f"  | {said}", highlight=False, markup=False, soft_wrap=True)
+        again = f"dpo-lora resume {self.directory.path}"
+        if self.stopped is not None:
+            counts = ", ".join(f"{number} {name}" for name, number in facts["counts"].items())
+            console.print(f"\nStopped: {counts}. Go on: {again}", highlight=False, soft_wrap=True)
         if failed:
-            console.print(f"\nRun the failed again: dpo-lora resume {self.directory.path} --retry", soft_wrap=True)
-        elif self.stopped is not None:
-            console.print(f"\nStopped. Go on with: dpo-lora resume {self.directory.path}", soft_wrap=True)
+            console.print(f"\nRun the failed again: {again} --retry", highlight=False, soft_wrap=True)
         self.directory.release()
         return self.stopped if self.stopped is not None else min(len(failed), MAX_FAILED_CODE)
 
