@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,11 @@ def _said(folder: Path, *fields: tuple[str, str]) -> bool:
     """Whether the file that ``wandb sync`` uploads says this, one field after the other: it is not compressed."""
     (file,) = folder.glob("run-*.wandb")
     tags = {"group": "2", "job": ":", "name": "B"}  # of wandb's RunRecord: fields 6, 7 and 8
-    wanted = "".join(f"{tags[name]}{chr(len(text))}{text}" for name, text in fields)
-    return wanted.encode() in file.read_bytes()
+    wanted = "".join(f"{tags[name]}{chr(len(text))}{text}" for name, text in fields).encode()
+    deadline = time.monotonic() + 20  # wandb's own process writes the file after the run was closed
+    while wanted not in file.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return wanted in file.read_bytes()
 
 
 def test_the_summary_run_holds_a_row_a_trial(
