@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dpo_lora.evaluation.decoding import continuations
+from dpo_lora.evaluation import samples
+from dpo_lora.evaluation.decoding import continuations, token_logps
+from dpo_lora.evaluation.samples import Prompt
 
 LOGITS = torch.tensor([0.0, 2.0, -1.0, 1.0, -30.0, 0.5])
 END = 5
@@ -60,3 +63,34 @@ def test_an_answer_ends_at_its_end_of_turn() -> None:
     for one in answers:
         assert END not in one.tokens
         assert len(one.logps) == len(one.tokens) + one.ended
+
+
+@pytest.mark.parametrize("lora", ["lora.dora=false", "lora.dora=true"])
+def test_policy_and_reference_answer_the_same_together_and_one_by_one(
+    pairs: list[dict], make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, lora: str
+) -> None:
+    trainer = make_trainer(pairs, lora)
+    tokenizer = trainer.processing_class
+    wanted = [Prompt(str(n), [{"role": "user", "content": "Why? " * n}], None) for n in (1, 7)]
+    assert (trainer.adapter_names() is None) == ("true" in lora), "PEFT does not mix DoRA"
+    settings = trainer.run.eval
+    together = samples.take(trainer, tokenizer, wanted, settings, seed=3)
+    monkeypatch.setattr(trainer, "adapter_names", lambda: None)
+    apart = samples.take(trainer, tokenizer, wanted, settings, seed=3)
+    assert any(row["policy"]["text"] != row["reference"]["text"] for row in apart)
+    for a, b in zip(together, apart, strict=True):
+        assert a["kl"] == (None if b["kl"] is None else pytest.approx(b["kl"], rel=1e-3, abs=1e-4))
+        assert {k: v for k, v in a.items() if k != "kl"} == {k: v for k, v in b.items() if k != "kl"}
+
+
+def test_log_probabilities_of_answers_are_those_of_each_alone(
+    pairs: list[dict], make_trainer: Callable[..., Any]
+) -> None:
+    model = make_trainer(pairs).model.eval()
+    prompts, answers = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]]
+    found = token_logps(model, [*prompts, [5]], [*answers, []], pad=0)
+    for prompt, answer, mine in zip(prompts, answers, found, strict=False):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        assert mine == pytest.approx([float(logits[len(prompt) - 1 + n, t]) for n, t in enumerate(answer)], abs=1e-4)
+    assert found[2] == []

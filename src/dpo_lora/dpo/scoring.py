@@ -80,6 +80,17 @@ class ExactScoring(WholeCheckpoints):
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             yield self.model
 
+    def adapter_names(self) -> tuple[str, str] | None:
+        """PEFT's names of policy and reference, by which one batch asks both; None where PEFT cannot mix them."""
+        model = self.accelerator.unwrap_model(self.model)
+        parts = list(model.modules())
+        # DoRA and its like compute more than the plain update; copies of whole modules are not switched by row.
+        is_plain = not any(getattr(part, "lora_variant", None) for part in parts)
+        is_plain &= not any(type(part).__name__ in ("ModulesToSaveWrapper", "ParamWrapper") for part in parts)
+        if self.ref_model is not None or not is_plain:
+            return None
+        return model.active_adapter, "ref" if "ref" in model.peft_config else "__base__"
+
     def _logps(self, batch: dict[str, torch.Tensor], model: Any = None) -> list[tuple[float, float]]:
         """Plain sums over answer tokens: TRL's own reference pass would weigh them by ld_alpha."""
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)

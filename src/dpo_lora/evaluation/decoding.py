@@ -28,8 +28,12 @@ def continuations(
     max_new_tokens: int,
     ends: set[int],
     pad: int,
+    adapters: tuple[str, ...] = (),
 ) -> list[Continuation]:
     """Continue every prompt in one batch.
+
+    A step of decoding reads every weight once, whatever the number of rows, so two adapters of one model in one
+    batch cost little more than one of them.
 
     Args:
         prompts: N token id lists; padded on the left here.
@@ -37,7 +41,12 @@ def continuations(
             most likely token.
         seed: of the draws, which come from a generator of their own: training's is not moved.
         ends: token ids that end a turn.
+        adapters: names of PEFT adapters ("__base__": none) that continue every prompt in turn, with the same noise:
+            the first one's N continuations come first. Without any, the model as it is continues them.
     """
+    named = {"adapter_names": [name for name in adapters for _ in prompts]} if adapters else {}
+    copies = max(1, len(adapters))
+    prompts, sampled = prompts * copies, sampled * copies
     device = next(model.parameters()).device
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -58,12 +67,14 @@ def continuations(
             past_key_values=cache,
             use_cache=True,
             **last_only,
+            **named,
         )
         cache = output.past_key_values
         # On the CPU, so that a seed draws the same there and on a GPU up to rounding of the logits.
         scores = torch.log_softmax(output.logits[:, -1].float().cpu(), dim=-1)
         chosen = scores.argmax(-1)
-        chosen[drawn] = _draw(scores[drawn], generator)
+        noise = torch.rand(int(drawn.sum()) // copies, 1, generator=generator, dtype=torch.float64)
+        chosen[drawn] = _draw(scores[drawn], noise.repeat(copies, 1))
         for row, token in enumerate(chosen.tolist()):
             if ended[row]:
                 continue
@@ -79,24 +90,31 @@ def continuations(
     return [Continuation(*row) for row in zip(tokens, logps, ended, strict=True)]
 
 
-def _draw(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _draw(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """A token for each row of log-probabilities [N, vocabulary], by inversion of the cumulated probabilities.
 
-    One uniform number a row instead of one a token of the vocabulary, as torch.multinomial takes; and two models
-    that think nearly alike, asked with the same seed, mostly draw the same token.
+    One uniform number a row, [N, 1], instead of one a token of the vocabulary, as torch.multinomial takes; and two
+    models that think nearly alike, given the same, mostly draw the same token.
     """
     cumulated = scores.double().exp().cumsum(-1)
-    threshold = torch.rand(len(scores), 1, generator=generator, dtype=torch.float64) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, threshold, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
+    drawn = torch.searchsorted(cumulated, noise * cumulated[:, -1:], right=True)
+    return drawn.squeeze(1).clamp(max=scores.shape[1] - 1)
 
 
 @torch.no_grad()
-def token_logps(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
-    """Log-probability (nats) of each token of ``answer`` after ``prompt``."""
+def token_logps(model: Any, prompts: list[list[int]], answers: list[list[int]], pad: int) -> list[list[float]]:
+    """Log-probability (nats) of each token of each answer after its prompt, all in one batch."""
     device = next(model.parameters()).device
-    ids = torch.tensor([prompt + answer], device=device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    return torch.log_softmax(logits, dim=-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1).tolist()
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    found = []
+    for row, prompt, answer in zip(logits, prompts, answers, strict=True):
+        spoken = torch.log_softmax(row[len(prompt) - 1 : len(prompt) - 1 + len(answer)].float(), dim=-1)
+        found.append(spoken.gather(1, torch.tensor(answer, device=device, dtype=torch.long)[:, None])[:, 0].tolist())
+    return found
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

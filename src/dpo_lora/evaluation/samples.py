@@ -73,11 +73,17 @@ def take(trainer: Any, tokenizer: Any, wanted: list[Prompt], settings: EvalSetti
         "ends": end_tokens(policy, tokenizer),
         "pad": tokenizer.pad_token_id,
     }
-    said = {"policy": continuations(policy, **ask)}
+    said: dict[str, list[Continuation]] = {}
+    names = trainer.adapter_names()
+    if names is not None:
+        both = continuations(policy, **ask, adapters=names)
+        said = {"policy": both[: len(both) // 2], "reference": both[len(both) // 2 :]}
+    else:
+        said["policy"] = continuations(policy, **ask)
+        with trainer.as_reference() as reference:
+            said["reference"] = continuations(reference, **ask)
     with trainer.as_reference() as reference:
-        said["reference"] = continuations(reference, **ask)
-        drawn = said["policy"][len(wanted) :]
-        divergences = [_divergence(reference, p, c) for p, c in zip(ids, drawn, strict=True)]
+        divergences = _divergences(reference, ids, said["policy"][len(wanted) :], tokenizer.pad_token_id)
     trainer.model.train(was_training)
     return [
         {
@@ -93,16 +99,21 @@ def take(trainer: Any, tokenizer: Any, wanted: list[Prompt], settings: EvalSetti
     ]
 
 
-def _divergence(reference: Any, prompt: list[int], answer: Continuation) -> dict[str, float | int]:
-    """Sum over the answer's tokens of r - 1 - log r, r = reference / policy: nats, never below 0.
+def _divergences(
+    reference: Any, prompts: list[list[int]], answers: list[Continuation], pad: int
+) -> list[dict[str, float | int]]:
+    """Per answer the sum over its tokens of r - 1 - log r, r = reference / policy: nats, never below 0.
 
     On tokens drawn from the policy its mean estimates KL(policy || reference) without bias and with
     little spread (J. Schulman, Approximating KL Divergence, 2020).
     """
+    found: list[dict[str, float | int]] = []
     # The token that ended the turn has a log-probability but is not kept; the rest is enough.
-    before = token_logps(reference, prompt, answer.tokens) if answer.tokens else []
-    logs = [r - p for r, p in zip(before, answer.logps, strict=False)]
-    return {"sum": float(sum(math.expm1(log) - log for log in logs)), "tokens": len(logs)}
+    before = token_logps(reference, prompts, [answer.tokens for answer in answers], pad)
+    for mine, answer in zip(before, answers, strict=True):
+        logs = [r - p for r, p in zip(mine, answer.logps, strict=False)]
+        found.append({"sum": float(sum(math.expm1(log) - log for log in logs)), "tokens": len(logs)})
+    return found
 
 
 def _said(tokenizer: Any, answer: Continuation) -> dict[str, Any]:
