@@ -41,12 +41,12 @@ test-gpu: $(STAMP)  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 BENCH := $(BIN)/python -W ignore bench/engine.py
-bench: $(STAMP)  ## measure the pair engine beside stock TRL; about half an hour on two quiet cores
+bench: $(STAMP)  ## measure the pair engine beside stock TRL; about an hour on two quiet cores
 	$(BENCH) --workload short --pairs 8 --rounds 3 --ablations
-	$(BENCH) --workload medium --pairs 8 --rounds 2
-	$(BENCH) --workload long --pairs 8 --rounds 1 --tuned-sizes 2
-	$(BENCH) --workload chat --pairs 4 --rounds 1 --tuned-sizes 2
-	if [ -d ../shared/data ]; then $(BENCH) --workload polite helpful --pairs 8 --rounds 1 --tuned-sizes 2; fi
+	$(BENCH) --workload medium --pairs 8 --rounds 3
+	$(BENCH) --workload long --pairs 8 --rounds 3
+	$(BENCH) --workload chat --pairs 4 --rounds 1
+	if [ -d ../shared/data ]; then $(BENCH) --workload polite helpful --pairs 8 --rounds 1; fi
 	$(BIN)/python -W ignore bench/curve.py
 	$(BIN)/python -W ignore bench/memory.py --workload short medium --growth
 	$(BIN)/python bench/table.py

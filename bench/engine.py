@@ -2,8 +2,8 @@
 
 Variants of optimizer steps of 8 pairs (AdamW on the adapters, LoRA all-linear r=16):
   stock          TRL's DPOTrainer with its defaults: batch 8, gradient checkpointing, reference forward each step
-  stock-tuned    no gradient checkpointing, rows grouped by length, the best of the batch sizes tried, reference
-                 precomputed
+  stock-tuned    no gradient checkpointing, rows grouped by length, reference precomputed, the fastest of the batch
+                 sizes tried; stock-largest is the same with the largest of them that fits in memory
   ours           packed rows, reference forward each step
   ours-cached    packed rows, reference from the cache
 and ablations, each `ours-cached` with one piece replaced. What is compared, within each interleaved round (medians):
@@ -11,16 +11,19 @@ and ablations, each `ours-cached` with one piece replaced. What is compared, wit
   ours-cached / stock          the second run on the same data, against stock's every run
   ours / tuned+reference       stock-tuned with the seconds of its own precomputation for these pairs (one epoch)
   ours-cached / tuned          neither counts the reference
+  .../ largest                 the same two with stock-largest
 Real tokens: prompt once + both answers; padding and repeated prompts do not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 sys.path[:0] = [
@@ -47,6 +50,8 @@ COMPARED = {
     "ours-cached / stock": ("ours-cached", "stock"),
     "ours / tuned+reference": ("ours", "tuned+reference"),
     "ours-cached / tuned": ("ours-cached", "stock-tuned"),
+    "ours / largest+reference": ("ours", "largest+reference"),
+    "ours-cached / largest": ("ours-cached", "stock-largest"),
 }
 
 
@@ -55,9 +60,9 @@ def run_workload(name: str, args: argparse.Namespace, dtype: torch.dtype) -> dic
     bench = Bench(args.shape, rows, args.device, dtype, args.budget, args.pairs_per_step)
     bench.reference()
     bench.ours(True)  # warm the allocator and the thread pool
-    sizes = args.tuned_sizes
-    tried = {size: bench.tuned(size)[0] if len(sizes) > 1 else 0.0 for size in sizes}
-    best = min(tried, key=tried.get)
+    tried = {size: tuned_seconds(bench, size) for size in args.tuned_sizes}
+    fits = [size for size, took in tried.items() if took is not None]
+    best, largest = min(fits, key=tried.get), max(fits)
     variants = {
         "stock": bench.stock,
         "ours": lambda: bench.ours(False),
@@ -65,6 +70,8 @@ def run_workload(name: str, args: argparse.Namespace, dtype: torch.dtype) -> dic
         "stock-reference": lambda: (bench.reference(best), []),
         "ours-cached": lambda: bench.ours(True),
     }
+    if largest != best:
+        variants["stock-largest"] = lambda: bench.tuned(largest)
     if args.ablations:
         variants |= {k: (lambda engine=engine: bench.ours(True, **engine)) for k, engine in ABLATIONS.items()}
     seconds, losses, rates = {k: [] for k in variants}, {}, []
@@ -78,8 +85,10 @@ def run_workload(name: str, args: argparse.Namespace, dtype: torch.dtype) -> dic
                 bench.model.zero_grad()
             seconds[key].append(took)
             print(f"  {name} {key}: {took:.2f} s", file=sys.stderr, flush=True)
-    pairs = zip(seconds["stock-tuned"], seconds["stock-reference"], strict=True)
-    seconds["tuned+reference"] = [steps + reference for steps, reference in pairs]
+    seconds.setdefault("stock-largest", seconds["stock-tuned"])
+    for way in ("tuned", "largest"):
+        pairs = zip(seconds[f"stock-{way}"], seconds["stock-reference"], strict=True)
+        seconds[f"{way}+reference"] = [steps + reference for steps, reference in pairs]
     rate = statistics.median(rates)
     timed = ("stock", "stock-tuned", "ours", "ours-cached")
     middle = {k: statistics.median(v) for k, v in seconds.items()}
@@ -93,6 +102,7 @@ def run_workload(name: str, args: argparse.Namespace, dtype: torch.dtype) -> dic
         "rounds": args.rounds,
         "real_tokens": bench.real_tokens(),
         "tuned_batch_size": best,
+        "largest_batch_size": largest,
         "tuned_seconds": tried,
         "seconds": seconds,
         "pairs_per_second": {k: args.pairs / middle[k] for k in timed},
@@ -106,6 +116,24 @@ def run_workload(name: str, args: argparse.Namespace, dtype: torch.dtype) -> dic
             abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["stock"], strict=True)
         ),
     }
+
+
+def tuned_seconds(bench: Bench, size: int) -> float | None:
+    """Seconds of one tuned epoch at this batch size; None where it does not fit in memory."""
+    try:
+        return bench.tuned(size)[0]
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has none of its own
+        if "memory" not in str(error):
+            raise
+        print(f"  stock-tuned, batch {size}: does not fit", file=sys.stderr, flush=True)
+        bench.model.zero_grad()
+        return None
+
+
+def limit_memory() -> None:
+    """Let an allocation beyond this machine's free memory fail, instead of the system killing the process."""
+    available = psutil.virtual_memory().available
+    resource.setrlimit(resource.RLIMIT_DATA, (int(0.95 * available), resource.RLIM_INFINITY))
 
 
 def print_table(results: list[dict]) -> None:
@@ -134,7 +162,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=640, help="tokens per micro-batch; 0: no limit")
-    parser.add_argument("--tuned-sizes", type=int, nargs="+", default=[2, 8], help="tried for stock-tuned")
+    parser.add_argument("--tuned-sizes", type=int, nargs="+", default=[2, 4, 8], help="tried for stock-tuned")
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP)
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of the pairs of 'helpful' and 'polite'")
@@ -145,6 +173,8 @@ def main() -> None:
     if args.quick:
         args.pairs, args.rounds, args.tuned_sizes = args.pairs_per_step, 1, [2]
     torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        limit_memory()
     dtype = getattr(torch, args.dtype)
     results = [run_workload(name, args, dtype) for name in args.workload]
     print_table(results)
