@@ -1,6 +1,6 @@
 """Makespan of one sweep, made twice: dpo-lora's own launcher against Hydra's basic launcher with stock TRL.
 
-    python bench/sweeps/makespan.py [--side ours|stock] [--heldout 8] [--out FILE.json]
+    python bench/sweeps/makespan.py [--side ours|stock] [--steps 12] [--heldout 8] [--out FILE.json]
 
 Eight trials over beta, learning rate and rank on the embedded 135M model, same pairs, same steps, scores
 before and after, from an empty reference cache (the converted base model is there for both). Times are of
@@ -25,28 +25,36 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = {"beta": "0.05,0.1", "rate": "1e-4,2e-4", "rank": "8,16"}
-STEPS, PAIRS_PER_STEP, HELDOUT = 4, 4, 8
+PAIRS_PER_STEP = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", choices=["ours", "stock"])
-    parser.add_argument("--heldout", type=int, default=HELDOUT, help="held-out pairs, scored before and after")
+    parser.add_argument("--steps", type=int, default=12, help=f"optimizer steps of {PAIRS_PER_STEP} pairs a trial")
+    parser.add_argument("--heldout", type=int, default=8, help="held-out pairs, scored before and after")
     parser.add_argument("--stock-trials", type=int, choices=[1, 2, 4, 8], default=8)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "sweep_makespan_heldout8.json")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    options.out = options.out or ROOT / "bench" / "results" / f"sweep_makespan_{options.steps}_steps.json"
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     found |= {"machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}}
     found |= {
-        "sweep": {**SPACE, "steps": STEPS, "pairs_per_step": PAIRS_PER_STEP, "heldout": options.heldout, "trials": 8}
+        "sweep": {
+            **SPACE,
+            "steps": options.steps,
+            "pairs_per_step": PAIRS_PER_STEP,
+            "heldout": options.heldout,
+            "trials": 8,
+        }
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _write_pairs(folder, options.heldout)
+        _write_pairs(folder, options.steps * PAIRS_PER_STEP, options.heldout)
         if options.side in (None, "ours"):
-            found["ours"] = ours(folder)
+            found["ours"] = ours(folder, options.steps)
         if options.side in (None, "stock"):
-            found["stock"] = stock(folder, options.stock_trials)
+            found["stock"] = stock(folder, options.steps, options.stock_trials)
     if "ours" in found and "stock" in found:
         found["times_faster"] = round(found["stock"]["seconds"] / found["ours"]["seconds"], 2)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -54,21 +62,21 @@ def main() -> None:
     print(json.dumps(found, indent=2))
 
 
-def _write_pairs(folder: Path, heldout: int) -> None:
+def _write_pairs(folder: Path, train: int, heldout: int) -> None:
     rows = (ROOT / "data" / "explainer.jsonl").read_text().splitlines()
     rows = [json.dumps({k: json.loads(r)[k] for k in ("id", "prompt", "chosen", "rejected")}) + "\n" for r in rows]
-    (folder / "train.jsonl").write_text("".join(rows[: STEPS * PAIRS_PER_STEP]))
+    (folder / "train.jsonl").write_text("".join(rows[:train]))
     (folder / "heldout.jsonl").write_text("".join(rows[-heldout:]))
 
 
-def ours(folder: Path) -> dict[str, Any]:
+def ours(folder: Path, steps: int) -> dict[str, Any]:
     """The sweep by ``dpo-lora train -m``, and where each trial's time went."""
     outputs = folder / "outputs"
     words = [
         f"dpo.beta={SPACE['beta']}", f"train.learning_rate={SPACE['rate']}", f"lora.r={SPACE['rank']}",
         "lora.alpha=32", "data=local", f"data.path={folder / 'train.jsonl'}",
         f"data.heldout_path={folder / 'heldout.jsonl'}", "data.heldout_share=0.1", "train=cpu",
-        f"train.max_steps={STEPS}", f"train.pairs_per_step={PAIRS_PER_STEP}", "train.warmup=0", "eval.samples=0",
+        f"train.max_steps={steps}", f"train.pairs_per_step={PAIRS_PER_STEP}", "train.warmup=0", "eval.samples=0",
         "tracking=none", f"outputs={outputs}",
     ]  # fmt: skip
     _borrow_model(folder / "cache")
@@ -121,7 +129,7 @@ def _cached(folder: Path) -> int:
     return sum(len(load_file(file)["keys"]) for file in folder.rglob("*.safetensors"))
 
 
-def stock(folder: Path, count: int) -> dict[str, Any]:
+def stock(folder: Path, steps: int, count: int) -> dict[str, Any]:
     """The same sweep by a plain Hydra app; its first ``count`` trials."""
     from dpo_lora import embedded
 
@@ -132,7 +140,7 @@ def stock(folder: Path, count: int) -> dict[str, Any]:
     }  # the last name changes fastest
     words = [
         f"model={embedded.ensure()}", f"train={folder / 'train.jsonl'}", f"heldout={folder / 'heldout.jsonl'}",
-        f"beta={space['beta']}", f"learning_rate={space['rate']}", f"rank={space['rank']}", f"steps={STEPS}",
+        f"beta={space['beta']}", f"learning_rate={space['rate']}", f"rank={space['rank']}", f"steps={steps}",
         f"pairs_per_step={PAIRS_PER_STEP}", f"hydra.sweep.dir={outputs}", "hydra/launcher=basic",
     ]  # fmt: skip
     begun = time.monotonic()
