@@ -15,6 +15,7 @@ import pytest
 from preference_rows import talk, write_rows
 
 from dpo_lora.preferences import pairs, store, workers
+from dpo_lora.preferences.prepare import SCHEMA
 from dpo_lora.preferences.sources import rows as row_sizes
 from dpo_lora.schema import DataSettings, PlainText
 
@@ -237,3 +238,19 @@ def store_digest(path: Path) -> str:
     import xxhash
 
     return xxhash.xxh3_128(bytes.fromhex(store.checksum(path))).hexdigest()
+
+
+def test_rows_of_many_small_batches_lie_in_few_large_ones(tmp_path: Path) -> None:
+    """Else the lengths of a million rows alone map a third of the file into memory."""
+    import pyarrow as pa
+
+    path = tmp_path / "rows"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as stream:
+        writer = store._Writer(stream)
+        for n in range(50):
+            writer.add(pa.RecordBatch.from_pylist([{"id": f"{n}", "prompt_ids": [n] * 3}], SCHEMA))
+        writer.flush()
+    with pa.ipc.open_stream(path) as stream:
+        (batch,) = stream
+    assert batch["id"].to_pylist() == [f"{n}" for n in range(50)]
+    assert batch["prompt_ids"].to_pylist() == [[n] * 3 for n in range(50)]

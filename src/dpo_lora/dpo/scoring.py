@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.trainer.utils import use_adapter
 
+from dpo_lora.dpo.engines import EngineChoice
 from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, lengths
 from dpo_lora.dpo.saving import WholeCheckpoints
 from dpo_lora.errors import UserError
@@ -20,11 +21,12 @@ from dpo_lora.schema import RunSettings
 
 
 class ExactScoring(WholeCheckpoints):
-    """A trainer that scores pairs. Its subclass sets ``run``, ``collate``, ``heldout`` and ``_reference``."""
+    """A trainer that scores pairs. Its subclass sets what is declared here."""
 
     run: RunSettings
     heldout: Dataset | ReferenceRows
     collate: Any
+    engine: EngineChoice
     _reference: dict[str, tuple[float, ...]]  # reference log-probabilities, by pair_hash
     _is_untrained: bool  # check_start has seen that policy and reference are one, and no step was taken
 
@@ -94,13 +96,16 @@ class ExactScoring(WholeCheckpoints):
     def _logps(self, batch: dict[str, torch.Tensor], model: Any = None) -> list[tuple[float, float]]:
         """Plain sums over answer tokens: TRL's own reference pass would weigh them by ld_alpha."""
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        asked = self.model if model is None else model
+        only = {"only_log_probs": True} if self.engine.packed is not None and asked is self.model else {}
         with torch.no_grad(), self.accelerator.autocast():
-            output = (self.model if model is None else model)(
+            output = asked(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 use_cache=False,
                 labels=labels,
                 fused_lm_head=True,
+                **only,
             )
         chosen, rejected = output.log_probs.double().sum(dim=1).chunk(2)
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))

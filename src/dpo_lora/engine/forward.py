@@ -66,9 +66,14 @@ class PackedForward:
         attention_mask: Tensor | None = None,
         pair_plan: PairPlan | None = None,
         fused_lm_head: bool = True,
+        only_log_probs: bool = False,
         **kwargs: object,
     ) -> FusedCausalLMOutput:
-        """input_ids, attention_mask, labels: [2B, L] as TRL's DataCollatorForPreference makes them."""
+        """input_ids, attention_mask, labels: [2B, L] as TRL's DataCollatorForPreference makes them.
+
+        only_log_probs: leave out the statistics, a tenth of a pass without gradients. So does the reference's pass
+        of a training step by itself.
+        """
         assert fused_lm_head, "the packed forward has no logits to return"
         routed = bool(kwargs.get("output_router_logits"))
         plan = pair_plan
@@ -79,13 +84,15 @@ class PackedForward:
                 f"the plan has {tuple(plan.slots.shape)} places but the batch is {tuple(input_ids.shape)}; "
                 "plan the batch after it was padded"
             )
+        # A model in training that takes no gradient is asked as the reference: TRL reads its log-probabilities alone.
+        only_log_probs |= self.model.training and not torch.is_grad_enabled()
         hidden, router_logits = self.hidden_states(plan, routed)
         scores = token_scores(
             hidden[plan.head_rows],
             self.base.get_output_embeddings(),
             plan.head_labels,
             self.rule,
-            self.statistics,
+            () if only_log_probs else self.statistics,
         )
         spread = {name: plan.scatter(value) for name, value in scores.items()}
         for name in set(STATISTICS) - set(scores) - {"log_sum_sq_probs"}:

@@ -31,6 +31,7 @@ from dpo_lora.resources import cache_dir
 
 log = logging.getLogger(__name__)
 
+_BATCH_BYTES = 16 * 2**20  # of rows, written together
 _VERSION = 3  # raise when the same content would be prepared otherwise
 _ROWS, _FACTS = "pairs.arrow", "store.json"
 
@@ -98,16 +99,17 @@ def _write(source: Source, recipe: Recipe, folder: Path) -> dict[str, Any]:
     names = [*COLUMNS, *SKETCHES]
     files = {name: (folder / name).open("wb") for name in names}
     try:
-        with pa.OSFile(str(folder / _ROWS), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        with pa.OSFile(str(folder / _ROWS), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as stream:
+            writer = _Writer(stream)
             for part in workers.run(recipe, source.batches()):
                 for name, count in part.counts.items():
                     counts[name] = counts.get(name, 0) + count
                 pairs += part.rows.num_rows
                 topics |= part.rows["topic"].null_count < part.rows.num_rows
-                if part.rows.num_rows:
-                    writer.write_batch(part.rows)
+                writer.add(part.rows)
                 for name in names:
                     files[name].write(part.columns[name].tobytes())
+            writer.flush()
     finally:
         for file in files.values():
             file.close()
@@ -129,6 +131,29 @@ def _write(source: Source, recipe: Recipe, folder: Path) -> dict[str, Any]:
         counts["rows"] / max(seconds, 1e-9),
     )
     return {"pairs": pairs, "topics": topics, "counts": counts}
+
+
+class _Writer:
+    """Rows in few large batches.
+
+    Reading one column of many small ones touches a page or more in each, and the kernel maps its neighbours with
+    it: a third of the file for the lengths of its lists alone.
+    """
+
+    def __init__(self, stream: pa.RecordBatchStreamWriter):
+        self.stream = stream
+        self.waiting: list[pa.RecordBatch] = []
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        self.waiting.append(rows)
+        if sum(batch.nbytes for batch in self.waiting) >= _BATCH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        table = pa.Table.from_batches(self.waiting, SCHEMA).combine_chunks()
+        if table.num_rows:
+            self.stream.write_table(table)
+        self.waiting.clear()
 
 
 def build(folder: Path, facts_name: str, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
