@@ -22,7 +22,7 @@ ROOMS = {
     "jinja2": {"reports/", "preferences/"},
     "matplotlib": {"reports/"},
     "typer": {"cli.py", "cli_cache.py", "cli_adapters.py", "cli_evaluation.py"},
-    "accelerate": {"dpo/"},
+    "accelerate": set(),  # transformers drives it
     "gguf": set(),
     "optuna": {"sweeps/study.py", "sweeps/space.py", "sweeps/search.py"},
     "submitit": {"sweeps/slurm.py"},

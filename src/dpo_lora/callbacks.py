@@ -129,8 +129,6 @@ class MetricsLog(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero:
-            return
         if self._begun is None:
             self._begun = time.monotonic() - self.run.logged_seconds()
         row = {
@@ -155,8 +153,6 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("training"),
@@ -180,7 +176,7 @@ class ProgressLine(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
-        if "loss" not in logs or not state.is_world_process_zero:
+        if "loss" not in logs:
             return
         figures = (
             f"pairs {logs['pairs']}"

@@ -57,7 +57,7 @@ class Training:
 
     def execute(self, tracker: Tracker) -> None:
         """Train to the end, or to the signal that stops it."""
-        record = Record(self.run, self.settings, writes=True)
+        record = Record(self.run, self.settings)
         texts = self.pairs.heldout_texts
         sampler = Sampler(self.run, self.settings, texts, self.base.tokenizer, record, tracker)
         trainer = self._trainer(tracker, record, sampler)
@@ -160,8 +160,6 @@ class Training:
         sampler.take(trainer, kept)
         self.timings["samples_seconds"] = round(time.monotonic() - begun, 3)
         self.timings["evaluation_seconds"] = round(trainer.evaluation_seconds + self.timings["samples_seconds"], 3)
-        if not trainer.is_world_process_zero():
-            return
         self.base.tokenizer.save_pretrained(self.run.path)
         trainer.save_adapter(self.run.path)
         seconds = self.timings["training_seconds"]

@@ -68,7 +68,7 @@ def make_trainer(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
             train_rows=rows,
             heldout_rows=rows,
             binding={},
-            record=Record(RunDir(tmp_path / "run"), run, writes=True),
+            record=Record(RunDir(tmp_path / "run"), run),
             sampler=None,
         )
         if moved:

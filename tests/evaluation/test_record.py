@@ -26,11 +26,11 @@ def test_a_run_killed_after_its_last_evaluation_keeps_all_of_it(
     rows = [
         {"id": str(n), "prompt_ids": [n], "chosen_ids": [1, 2], "rejected_ids": [3] * (1 + n % 3)} for n in range(6)
     ]
-    first = Record(run, settings, writes=True)
+    first = Record(run, settings)
     first.add(8, PairScores.of(rows, np.arange(24, dtype=np.float64).reshape(6, 4)))
     before = json.loads(run.eval_file.read_text())
 
-    second = Record(run, settings, writes=True)
+    second = Record(run, settings)
     second.restore(8)
     second.add_samples({"answers": 1})
     after = json.loads(run.eval_file.read_text())

@@ -1,4 +1,4 @@
-"""Exact scores of pairs under policy and reference: every pair once, whatever the batch or the number of devices."""
+"""Exact scores of pairs under policy and reference: every pair once, whatever the batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.trainer.utils import use_adapter
 
@@ -38,26 +37,20 @@ class ExactScoring(WholeCheckpoints):
 
         Args:
             untrained: policy and reference are one, as :meth:`check_start` made sure: one pass does for both.
-
-        Each rank takes every world_size-th row and the gathered rows are put back in order, so that
-        none is counted twice, as padding for equal batches would.
         """
         was_training = self.model.training
         self.model.eval()
-        mine = list(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
         found: list[tuple[int, tuple[float, ...]]] = []
         # Longest first: the first batch already needs the most memory.
         tokens = lengths(rows).sum(axis=1)
-        mine.sort(key=lambda i: -tokens[i])
-        for start in range(0, len(mine), self.run.eval.batch):
-            indices = mine[start : start + self.run.eval.batch]
+        order = sorted(range(len(rows)), key=lambda i: -tokens[i])
+        for start in range(0, len(order), self.run.eval.batch):
+            indices = order[start : start + self.run.eval.batch]
             batch_rows = [rows[i] for i in indices]
             batch = self.batch(batch_rows)
             reference = self._reference_logps(batch_rows, batch)
             policy = reference if untrained else self._logps(batch)
             found += [(i, (*p, *r)) for i, p, r in zip(indices, policy, reference, strict=True)]
-        if self.accelerator.num_processes > 1:
-            found = gather_object(found)
         self.model.train(was_training)
         values = np.asarray([v for _, v in sorted(found)], dtype=np.float64).reshape(-1, 4)
         return PairScores.of(rows, values)

@@ -15,10 +15,10 @@ from dpo_lora.schema import RunSettings
 
 
 class Record:
-    """Every evaluation of a run; all ranks hold it, the first one writes it."""
+    """Every evaluation of a run."""
 
-    def __init__(self, run: RunDir, settings: RunSettings, writes: bool):
-        self.run, self.writes = run, writes
+    def __init__(self, run: RunDir, settings: RunSettings):
+        self.run = run
         self.beta, self.confidence = settings.dpo.beta, settings.eval.confidence
         self.metric = settings.train.keep_best
         self.history: list[dict[str, Any]] = []  # headline figures of every evaluation, with its step
@@ -29,9 +29,8 @@ class Record:
 
     def clear(self) -> None:
         """Forget what an earlier attempt at this run left."""
-        if self.writes:
-            self.run.eval_file.unlink(missing_ok=True)
-            self.run.eval_pairs_file.unlink(missing_ok=True)
+        self.run.eval_file.unlink(missing_ok=True)
+        self.run.eval_pairs_file.unlink(missing_ok=True)
 
     def restore(self, last_step: int) -> None:
         """Go on from the files of an interrupted run, without what came after ``last_step``."""
@@ -43,8 +42,7 @@ class Record:
             self._file = {name: saved[name] for name in ("baselines", "samples") if name in saved}
             if self._best is not None and self._best["step"] > last_step:
                 self._best = None  # it is evaluated again on the way there
-        if self.writes:
-            trim_jsonl(self.run.eval_pairs_file, last_step)
+        trim_jsonl(self.run.eval_pairs_file, last_step)
 
     def has(self, step: int) -> bool:
         """Whether ``step`` was evaluated last."""
@@ -59,10 +57,9 @@ class Record:
             self._before = found
         if self.best_step() == step:
             self._best = found
-        if self.writes:
-            append_jsonl(self.run.eval_pairs_file, [{"step": step, **row} for row in scores.rows(self.beta)])
-            self._file["baselines"] = room.baselines(scores, self.confidence)
-            self._write()
+        append_jsonl(self.run.eval_pairs_file, [{"step": step, **row} for row in scores.rows(self.beta)])
+        self._file["baselines"] = room.baselines(scores, self.confidence)
+        self._write()
         return room.flat(found)
 
     def best_step(self) -> int | None:
@@ -81,14 +78,12 @@ class Record:
     def keep_best(self) -> None:
         """Make the best evaluation the run's result: its adapter is the one that is saved."""
         self._after = self._best
-        if self.writes:
-            self._write()
+        self._write()
 
     def add_samples(self, summary: dict[str, Any]) -> None:
         """The figures of the latest samples."""
         self._file["samples"] = summary
-        if self.writes:
-            self._write()
+        self._write()
 
     def _write(self) -> None:
         write_json(

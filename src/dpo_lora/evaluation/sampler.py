@@ -39,7 +39,7 @@ class Sampler:
 
     def take(self, trainer: Any, step: int) -> None:
         """Answers of the adapter of ``step``, once."""
-        if not self.prompts or step == self._taken or not trainer.is_world_process_zero():
+        if not self.prompts or step == self._taken:
             return
         self._taken = step
         rows = [

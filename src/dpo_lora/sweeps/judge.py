@@ -74,7 +74,7 @@ def asking(path: Path) -> list[Any]:
         def on_evaluate(
             self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
         ) -> None:
-            if not 0 < state.global_step < state.max_steps or not state.is_world_process_zero:
+            if not 0 < state.global_step < state.max_steps:
                 return
             question = path / ".judge" / f"{state.global_step}.question"
             write_json(question, {name.removeprefix("eval/"): value for name, value in (metrics or {}).items()})
