@@ -70,11 +70,17 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
+def find_whole(folder: Path) -> Path | None:
+    """The checkpoint with the highest step that verifies, from which a resumed run goes on; changes nothing."""
+    return next((checkpoint for checkpoint in reversed(_all(folder)) if is_whole(checkpoint)), None)
+
+
 def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that verifies; broken ones on the way are set aside, not deleted."""
-    for checkpoint in reversed(_all(folder)):
-        if is_whole(checkpoint):
-            return checkpoint
+    """:func:`find_whole`; broken checkpoints of later steps are set aside, not deleted."""
+    found = find_whole(folder)
+    for checkpoint in _all(folder):
+        if found is not None and step_of(checkpoint) <= step_of(found):
+            continue
         aside = checkpoint.with_name(f"broken-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
@@ -83,7 +89,7 @@ def newest_whole(folder: Path) -> Path | None:
             checkpoint,
             aside.name,
         )
-    return None
+    return found
 
 
 def rotate(folder: Path, keep: int, protect: Path | None = None) -> None:

@@ -62,8 +62,8 @@ def running(run: RunDir, console: Console) -> Iterator[StopSignal]:
             status, reason = INTERRUPTED, (stop.received or signal.SIGINT).name
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
             explained = _explain(error, run)
+            reason = str(explained or f"{type(error).__name__}: {error}")
             if explained is None:
                 # console=False: the file gets the traceback; the terminal gets it once, from whoever called.
                 log.error("The run failed.\n%s", traceback.format_exc(), extra={"console": False})

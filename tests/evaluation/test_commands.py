@@ -10,6 +10,7 @@ import pytest
 from dpo_lora.checkpoints import at_step
 from dpo_lora.evaluation.samples import repetition
 from dpo_lora.files import read_jsonl
+from dpo_lora.reports import terminal
 from harness import CommandLine, make_pair
 
 LEARNS = "train.learning_rate=1e-2"
@@ -78,6 +79,21 @@ def test_a_run_cannot_be_told_from_itself(cli: CommandLine, tiny_overrides: list
     assert found["mcnemar_p"] == 1
     assert not found["distinguishable"]
     assert "cannot be told apart" in cli("compare", run, run).out
+
+
+def test_runs_that_decide_every_pair_alike_are_not_called_equal(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    """Two runs whose beta differs: what differs is named, and no difference seen is not called certainty."""
+    runs = [str(cli("train", *tiny_overrides, f"dpo.beta={beta}", "eval.samples=0").run) for beta in (0.1, 0.5)]
+    done = json.loads(cli("compare", *runs, "--json").out)
+    assert done["settings"] == {"dpo.beta": ["0.1", "0.5"]}
+    [found] = done["comparisons"]
+    assert found["pairs"] == evaluation(Path(runs[0]))["after"]["pairs"]
+    assert not found["distinguishable"]
+    alike = {**found, "second_ahead": 0, "first_ahead": 0, "pairs": 8, "margin_difference_nats_interval": [-2.0, -1.0]}
+    said = terminal.verdict(alike)
+    assert "cannot be told apart" in said
+    assert "up to 31.2%" in said, "1 - 0.05 ** (1 / 8)"
+    assert "margins do differ beyond chance" in said
 
 
 def test_a_trained_run_is_told_from_one_that_learned_the_opposite(

@@ -48,7 +48,7 @@ class Browser:
 def browser(tmp_path: Path) -> Browser:
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if program is None:
-        pytest.skip("no Chromium on this machine: pages are not opened in a browser")
+        pytest.skip("no Chromium on PATH (apt install chromium): pages are not opened in a browser")
     return Browser(program, tmp_path)
 
 

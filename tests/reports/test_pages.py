@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from dpo_lora.files import append_jsonl, write_json
+from dpo_lora.checkpoints import at_step
+from dpo_lora.files import append_jsonl, read_jsonl, write_json
 from dpo_lora.reports import index, report
 from dpo_lora.reports.difference import differing
 from dpo_lora.reports.pages import safe_link
 from dpo_lora.rundir import RunDir
-from harness import CommandLine
+from harness import CommandLine, make_pair
 
 HOSTILE = "</style></script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
@@ -85,13 +86,81 @@ def test_settings_that_differ_from_the_default_are_marked(finished: Path) -> Non
     assert "dpo.beta" not in changed
 
 
+def test_only_what_differs_from_the_default_is_unfolded(finished: Path) -> None:
+    text = (finished / "report.html").read_text()
+    changed, folded = text[text.index("<h2>Settings") :].split('<details class="print">')[:2]
+    assert "<code>train.learning_rate</code>" in changed
+    assert "<code>dpo.beta</code>" not in changed
+    assert "<code>dpo.beta</code>" in folded.split("</details>")[0]
+
+
+def test_the_data_section_says_what_lint_found(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:
+    rows = [make_pair(n) for n in range(40)]
+    rows[3]["rejected"] = rows[3]["chosen"]
+    rows[5] = {**rows[4], "id": "again"}
+    file = tmp_path / "faulty.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = (f"data.path={file}", "data.drop=[exact_duplicate]", "eval.samples=0")
+    run = cli("train", *tiny_overrides, *words).run
+    lint = json.loads((run / "lint.json").read_text())
+    text = (run / "report.html").read_text()
+    text = re.sub(r"<[^>]+>", "", text[text.index("<h2>Data") : text.index("<h2>Settings")])
+    wins = lint["lengths"]["longer_wins"]
+    for fact in (
+        f"40 pairs on 38 prompts: {lint['used']['train']} to train on, {lint['used']['heldout']} held out, 2 left out",
+        "identical_sides 1, exact_duplicate 1",
+        f"{wins['accuracy']:.3f} of the training pairs (95 % interval {wins['interval'][0]:.3f}",
+        "Lint: 1 errors, 1 warnings, 0 notes",
+        "error chosen and rejected are the same",
+        "There is nothing to learn from it: remove it.",
+        f"{file}, line 4 (id pair-3)",
+    ):
+        assert fact in text, fact
+
+
+def test_a_run_that_fails_in_training_says_where_why_and_how_to_go_on(
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "burst run")
+    words = ("train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.warmup=0", "train.save_every=1")
+    assert cli("train", *tiny_overrides, *words, f"run_dir={run}").code == 2
+    last = max(row["step"] for row in read_jsonl(run.metrics_file))
+    text = run.report_file.read_text()
+    top = text[: text.index("<h2>What the numbers say")]
+    for fact in (
+        f"Failed after step {last} of 4",
+        f"The checkpoint of step {last} is whole",
+        f"dpo-lora resume &#39;{run}&#39;",
+        "If they are the cause, change them",
+        "train.learning_rate=1e30",
+        "ERROR dpo_lora.lifecycle",
+    ):
+        assert fact in top, fact
+    assert "NotFiniteError" not in top, "people are told what happened, not the name of a class"
+    assert "Held-out accuracy" not in text, "a score from before the first update is none of this run's"
+
+    # Killed, a process leaves no word, and perhaps half a checkpoint.
+    facts = run.manifest()
+    write_json(
+        run.manifest_file, {k: v for k, v in facts.items() if k not in ("reason", "ended")} | {"status": "running"}
+    )
+    newest = at_step(run.checkpoints, last)
+    (newest / "adapter_model.safetensors").write_bytes(b"")
+    top = report.page(run).split("What the numbers say")[0]
+    assert f"Interrupted after step {last} of 4" in top
+    assert "left no reason: it was killed" in top
+    assert f"The checkpoint of step {last} is whole" not in top
+    assert newest.is_dir(), "a report sets nothing aside"
+
+
 def test_a_failed_run_has_a_report_with_its_reason(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:
     done = cli("train", *tiny_overrides, "lora.targets=[nonsense]")
     assert done.code == 2
     [page] = (tmp_path / "outputs").glob("*/report.html")
     text = page.read_text()
     assert "nonsense" in text
-    assert "Why it failed" in text
+    assert "Failed before the first step" in text
+    assert "then start again" in text
 
 
 def test_hostile_text_stays_text(finished: Path) -> None:
@@ -183,7 +252,7 @@ def test_the_index_sorts_and_filters(
         const words = document.querySelector(".filter input");
         words.value = "0007"; words.dispatchEvent(new Event("input"));
         const one = values().length; words.value = ""; words.dispatchEvent(new Event("input"));
-        const status = document.querySelector(".filter select");
+        const status = document.querySelector(".filter select[name=status]");
         status.value = "failed"; status.dispatchEvent(new Event("change"));
         document.body.dataset.result = JSON.stringify({ up, down, one, failed: values().length });
         """,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 from harness import CommandLine
@@ -23,6 +25,18 @@ def test_the_page_holds_every_part(cli: CommandLine, world: World, sweep_words: 
         "dpo-lora train -m", "dpo-lora train model=hub",  # all of it again; the best alone
     ):  # fmt: skip
         assert part in page, part
+
+    sweep = Path(done.out.strip().splitlines()[-1])
+    index = Path(cli("report", str(sweep.parent)).out.strip().splitlines()[-1]).read_text()
+    [row] = re.findall(r'<tr data-status="failed" data-kind="sweep">(.*?)</tr>', index, re.DOTALL)
+    best = json.loads((sweep / "sweep.json").read_text())["ranking"][0]
+    for part in (
+        f'<a href="./{sweep.name}/report.html">', "4 failed, 20 finished",
+        "best dpo.beta=0.1 train.learning_rate=1e-4 lora.r=",
+        f">{best['value']:.3f}<", f">{best['interval'][0]:.3f} to {best['interval'][1]:.3f}<",
+    ):  # fmt: skip
+        assert part in row, part
+    assert index.count('data-kind="trial"') == 24
 
 
 def test_the_plan_says_it_before_anything_starts(cli: CommandLine, world: World, sweep_words: list[str]) -> None:

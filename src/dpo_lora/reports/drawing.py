@@ -20,6 +20,8 @@ INK, MUTED, GRID = "#010203", "#020304", "#030405"
 SERIES = ("#0a0b0c", "#0b0c0d", "#0c0d0e", "#0d0e0f")
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", **{c: f"--series-{n}" for n, c in enumerate(SERIES, 1)}}
 MOST_POINTS = 300
+# Inches at which 9 points read well in the page's columns: three, two, one of them.
+NARROW, MIDDLE, WIDE = 3.9, 5.8, 11.0
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,13 @@ def histogram(title: str, groups: dict[str, Any], *, unit: str, level: float | N
         return finish(f"{title}, {said}.")
 
 
-def intervals(title: str, rows: Sequence[Row], *, unit: str, level: float | None = None) -> Drawing | None:
+def intervals(
+    title: str, rows: Sequence[Row], *, unit: str, level: float | None = None, width: float = NARROW
+) -> Drawing | None:
     """A dot with its interval a row, the first on top; None where there is nothing to draw."""
     if not rows:
         return None
-    with _axes(title, height=0.75 + 0.24 * len(rows)) as (axes, finish):
+    with _axes(title, width, height=0.75 + 0.24 * len(rows)) as (axes, finish):
         places = np.arange(len(rows))[::-1]
         for place, (_, value, low, high) in zip(places, rows, strict=True):
             axes.plot([low, high], [place, place], color=SERIES[0], linewidth=2, alpha=0.5, solid_capstyle="round")
@@ -115,7 +119,7 @@ def overlay(title: str, lines: Sequence[Line], first: int, *, unit: str, level: 
     shown = [(n, line) for n, line in enumerate(lines) if len(line.x)]
     if not shown:
         return None
-    with _axes(title) as (axes, finish):
+    with _axes(title, MIDDLE, 3.0) as (axes, finish):
         for n, line in shown:
             front = n == first
             colour, width, order = (SERIES[0], 1.8, 3) if front else (MUTED, 0.7, 2)
@@ -139,7 +143,7 @@ def parallel(title: str, names: Sequence[str], rows: Sequence[Sequence[float | s
     """
     if len(rows) < 2 or len(names) < 2:
         return None
-    with _axes(title, height=2.8) as (axes, finish):
+    with _axes(title, WIDE, 4.2) as (axes, finish):
         columns = [_places([row[n] for row in rows]) for n in range(len(names))]
         for n in range(len(rows)):
             front = n == first
@@ -150,9 +154,7 @@ def parallel(title: str, names: Sequence[str], rows: Sequence[Sequence[float | s
             )
         for n, (_, ticks) in enumerate(columns):
             for height, text in ticks:
-                axes.annotate(
-                    text, (n, height), fontsize=6.5, color=MUTED, ha="left", xytext=(3, 0), textcoords="offset points"
-                )
+                axes.annotate(text, (n, height), color=MUTED, ha="left", xytext=(4, 0), textcoords="offset points")
         axes.set_xticks(range(len(names)), [name if len(name) <= 22 else f"…{name[-21:]}" for name in names])
         axes.set_yticks([])
         axes.set_xlim(-0.1, len(names) - 0.6)
@@ -173,7 +175,7 @@ def _places(values: Sequence[float | str]) -> tuple[list[float], list[tuple[floa
 
 
 @contextmanager
-def _axes(title: str, height: float = 2.3) -> Iterator[Any]:
+def _axes(title: str, width: float = NARROW, height: float = 2.1) -> Iterator[Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -184,12 +186,12 @@ def _axes(title: str, height: float = 2.3) -> Iterator[Any]:
         "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "axes.titlecolor": INK,
         "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
         "grid.color": GRID, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "font.size": 8, "axes.formatter.useoffset": False,
+        "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.formatter.useoffset": False,
         "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
         "path.simplify": True,
     }  # fmt: skip
     with rc_context(style):
-        figure = Figure(figsize=(4.4, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
 
         def finish(words: str) -> Drawing:
             file = io.StringIO()
@@ -214,7 +216,7 @@ def _page_svg(text: str, words: str) -> Markup:
 
 
 def _legend(axes: Any) -> None:
-    axes.legend(loc="best", fontsize=7, labelcolor=MUTED)
+    axes.legend(loc="best", fontsize=8, labelcolor=MUTED)
 
 
 def _thin(values: Sequence[float]) -> np.ndarray:

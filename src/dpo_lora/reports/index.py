@@ -1,4 +1,4 @@
-"""index.html of an outputs folder: every run and trial in one table."""
+"""index.html of an outputs folder: every run, sweep and trial in one table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from dpo_lora.files import write_atomic
 from dpo_lora.reports.pages import render, shown
 from dpo_lora.reports.report import duration, seconds_between
-from dpo_lora.rundir import RunDir, runs
+from dpo_lora.reports.sweep import name_of
+from dpo_lora.rundir import INTERRUPTED, RUNNING, RunDir, runs
+from dpo_lora.sweeps.directory import SweepDir
 
 _SETTINGS = {
     "data": ("data", "name"),
@@ -20,7 +22,7 @@ _SETTINGS = {
     "rate": ("train", "learning_rate"),
     "seed": ("seed",),
 }
-COLUMNS = ("run", "sweep", "status", "accuracy", "interval", "margin", *_SETTINGS, "duration", "started")
+COLUMNS = ("name", "kind", "status", "accuracy", "interval", "margin", "note", *_SETTINGS, "duration", "started")
 
 
 def write(outputs: Path) -> Path:
@@ -31,39 +33,78 @@ def write(outputs: Path) -> Path:
 
 
 def page(outputs: Path) -> str:
-    """The page as HTML, newest run first."""
-    found = [_row(run, outputs.resolve()) for run in runs(outputs)]
+    """The page as HTML, newest first."""
+    folder = outputs.resolve()
+    sweeps = [SweepDir(file.parent) for file in folder.glob("*/sweep.json") if not file.parent.is_symlink()]
+    found = [_run(run, folder) for run in runs(outputs)] + [_sweep(sweep) for sweep in sweeps]
     found.sort(key=lambda row: (row["started"], row["name"]), reverse=True)
     return render(
         "index.html.j2",
-        title=f"Runs in {outputs.resolve().name}",
+        title=f"Runs in {folder.name}",
         columns=COLUMNS,
-        runs=found,
+        rows=found,
+        kinds={kind: sum(row["kind"] == kind for row in found) for kind in ("run", "sweep", "trial")},
         statuses=sorted({row["status"] for row in found}),
+        duration=duration,
     )
 
 
-def _row(run: RunDir, outputs: Path) -> dict[str, Any]:
+def _run(run: RunDir, outputs: Path) -> dict[str, Any]:
     manifest, settings = run.manifest(), run.settings()
     evaluation = json.loads(run.eval_file.read_text(encoding="utf-8")) if run.eval_file.exists() else None
-    after = evaluation["after"] if evaluation else None
+    # Scored at step 0 alone, a run has no figure of its own.
+    after = evaluation["after"] if evaluation and evaluation["after"]["step"] else None
     place = run.path.resolve().relative_to(outputs)
+    is_trial = len(place.parts) > 1
+    status = run.status()
     link = next((f for f in (run.report_file, run.card_file) if f.exists()), None)
-    seconds = seconds_between(manifest)
     return {
-        "name": run.path.name,
-        "sweep": place.parts[0] if len(place.parts) > 1 else "",
+        "name": place.as_posix(),
+        "kind": "trial" if is_trial else "run",
         "link": None if link is None else f"./{place.as_posix()}/{link.name}",
-        "status": run.status(),
+        "status": status,
         "accuracy": None if after is None else after["accuracy"],
-        "low": None if after is None else after["accuracy_interval"][0],
-        "high": None if after is None else after["accuracy_interval"][1],
+        "interval": None if after is None else after["accuracy_interval"],
         "margin": None if after is None else after["margin"],
-        "settings": [shown(_setting(settings, path), 80) for path in _SETTINGS.values()],
-        "seconds": seconds,
-        "duration": "" if seconds is None else duration(seconds),
+        "note": shown((manifest.get("reason") or "").partition("\n")[0], 160),
+        "settings": _settings(settings),
+        "seconds": seconds_between(manifest),
         "started": manifest.get("started", ""),
     }
+
+
+def _sweep(sweep: SweepDir) -> dict[str, Any]:
+    """A sweep as its best setting: that setting's figures, and how many trials it was chosen from."""
+    facts = sweep.summary()
+    status = facts["status"]
+    ranking = facts.get("ranking", [])
+    best = ranking[0] if ranking else None
+    figures = next((t["figures"] for t in facts.get("trials", []) if t["id"] == facts.get("best")), None)
+    # Over several seeds the ranking has the accuracy of all; where it ranks by something else, one trial's is shown.
+    if best is not None and facts["objectives"][0] == "accuracy":
+        accuracy, interval = best["value"], best["interval"]
+    else:
+        accuracy = figures and figures["accuracy"]
+        interval = figures and [figures["accuracy_low"], figures["accuracy_high"]]
+    counts = ", ".join(f"{number} {name}" for name, number in facts.get("counts", {}).items())
+    name = sweep.path.name
+    return {
+        "name": name,
+        "kind": "sweep",
+        "link": f"./{name}/{sweep.report_file.name}" if sweep.report_file.exists() else None,
+        "status": INTERRUPTED if status == RUNNING and not sweep.is_live() else status,
+        "accuracy": accuracy,
+        "interval": interval,
+        "margin": figures and figures["margin"],
+        "note": shown((counts or "no trials yet") + (f"; best {name_of(best)}" if best else ""), 200),
+        "settings": _settings(RunDir(sweep.path / facts["best"]).settings()) if figures else [""] * len(_SETTINGS),
+        "seconds": sum(s["seconds"] for s in facts["sittings"]) if facts.get("sittings") else None,
+        "started": facts["started"],
+    }
+
+
+def _settings(settings: dict[str, Any]) -> list[str]:
+    return [shown(_setting(settings, path), 80) for path in _SETTINGS.values()]
 
 
 def _setting(settings: dict[str, Any], path: tuple[str, ...]) -> str:

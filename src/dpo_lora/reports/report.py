@@ -10,12 +10,10 @@ from typing import Any
 
 from dpo_lora.evaluation import diagnosis
 from dpo_lora.files import read_jsonl, write_atomic
-from dpo_lora.reports import answers, figures
+from dpo_lora.reports import answers, ending, facts, figures, pairs
 from dpo_lora.reports.pages import render, safe_link, shown
-from dpo_lora.rundir import FINISHED, RunDir
+from dpo_lora.rundir import RunDir
 from dpo_lora.settings import defaults
-
-LOG_LINES = 40
 
 
 def write(run: RunDir) -> None:
@@ -27,9 +25,10 @@ def page(run: RunDir) -> str:
     """The page as HTML; parts whose files are not there are left out."""
     manifest, settings = run.manifest(), run.settings()
     metrics = list(read_jsonl(run.metrics_file)) if run.metrics_file.exists() else []
-    pairs = list(read_jsonl(run.eval_pairs_file)) if run.eval_pairs_file.exists() else []
+    scored = list(read_jsonl(run.eval_pairs_file)) if run.eval_pairs_file.exists() else []
     evaluation = _read(run.eval_file)
-    after = evaluation["after"] if evaluation else None
+    # At step 0 policy and reference are one: every figure is what it must be, and says nothing of the run.
+    after = evaluation["after"] if evaluation and evaluation["after"]["step"] else None
     status = run.status()
     reference = manifest.get("reference", {}).get("base", {})
     parent = manifest.get("parent")
@@ -39,7 +38,7 @@ def page(run: RunDir) -> str:
         name=run.path.name,
         path=str(run.path),
         status=status,
-        reason=shown(manifest.get("reason") or ""),
+        ending=ending.of_run(run, status, manifest, settings, metrics),
         when=_when(manifest),
         purpose=shown(
             f"LoRA adapter for {reference.get('name', settings['model']['name'])}, by DPO on the pairs of "
@@ -51,18 +50,17 @@ def page(run: RunDir) -> str:
         samples_summary=evaluation and evaluation.get("samples"),
         findings=diagnosis.of_run(run),
         training=figures.training(metrics, evaluation),
-        heldout=figures.heldout([row for row in pairs if after and row["step"] == after["step"]], after),
+        heldout=figures.heldout([row for row in scored if after and row["step"] == after["step"]], after),
         samples=answers.of_run(run),
         judge=_judged(run),
         regression=_read(run.regress_file),
-        data=_rows(manifest.get("data", {})),
-        settings=_settings(settings),
+        data=pairs.of_run(run, manifest),
+        settings=facts.settings(settings, defaults()),
         command=shlex.join(manifest.get("command", [])),
         parent=parent and {"name": parent["name"], "link": safe_link(parent["link"])},
         version=manifest.get("version"),
         tracker=safe_link(manifest.get("tracker", {}).get("url") or ""),
-        environment=_rows(_environment(manifest)),
-        log="" if status == FINISHED else _log_end(run),
+        environment=facts.rows(_environment(manifest)),
     )
 
 
@@ -99,29 +97,6 @@ def seconds_between(manifest: dict[str, Any]) -> float | None:
     return (datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["started"])).total_seconds()
 
 
-def _settings(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    usual = {row["name"]: row["value"] for row in _rows(defaults())}
-    rows = _rows(settings)
-    for row in rows:
-        row["changed"] = row["value"] != usual.get(row["name"])
-        row["default"] = usual.get(row["name"], "") if row["changed"] else ""
-    return rows
-
-
-def _rows(values: dict[str, Any], prefix: str = "") -> list[dict[str, Any]]:
-    """Nested values as dotted names."""
-    rows: list[dict[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            rows += _rows(value, f"{prefix}{name}.")
-        else:
-            text = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
-            rows.append(
-                {"name": shown(f"{prefix}{name}", 200), "value": shown(text, 1000), "changed": False, "default": None}
-            )
-    return rows
-
-
 def _environment(manifest: dict[str, Any]) -> dict[str, Any]:
     git = manifest.get("git") or {}
     named = ("compute", "machine", "packages", "training", "timings", "settings_fingerprint", "reference")
@@ -129,10 +104,3 @@ def _environment(manifest: dict[str, Any]) -> dict[str, Any]:
         **{name: manifest[name] for name in named if name in manifest},
         **({"git": {"commit": git["commit"], "uncommitted changes": git["dirty"]}} if git else {}),
     }
-
-
-def _log_end(run: RunDir) -> str:
-    if not run.log_file.exists():
-        return ""
-    lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return shown("\n".join(lines[-LOG_LINES:]), 20_000)

@@ -50,7 +50,8 @@ def page(sweep: Path) -> str:
         single_seed=all(len(entry["seeds"]) == 1 for entry in facts["ranking"]),
         effects=main,
         pairs=effects.pairs(columns, values) if len(finished) > 1 else [],
-        drawings=[d for d in (_ranking(facts), *_curves(sweep, facts), _parallel(facts, finished)) if d is not None],
+        drawings=[d for d in (_ranking(facts), *_curves(sweep, facts)) if d is not None],
+        parallel=_parallel(facts, finished),
         effect_drawings=[d for d in (_effect(effect, objective) for effect in main) if d is not None],
         costs=_costs(facts, finished),
         failures=[
@@ -82,7 +83,7 @@ def _ranking(facts: dict[str, Any]) -> Drawing | None:
         )
         for place, entry in enumerate(facts["ranking"][:30], 1)
     ]
-    return drawing.intervals("Ranking", rows, unit=facts["objectives"][0])
+    return drawing.intervals("Ranking", rows, unit=facts["objectives"][0], width=drawing.MIDDLE)
 
 
 def _curves(sweep: Path, facts: dict[str, Any]) -> list[Drawing | None]:

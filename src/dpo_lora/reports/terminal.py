@@ -39,7 +39,10 @@ def show_comparison(console: Console, first: str, second: str, found: dict[str, 
     table = _table(f"{second} against {first}", "", "", f"{level} interval")
     table.add_row("accuracy of the first", f"{found['accuracy_first']:.4f}", "")
     table.add_row("accuracy of the second", f"{found['accuracy_second']:.4f}", "")
-    table.add_row("difference", f"{found['difference']:+.4f}", _interval(found["difference_interval"]))
+    decided = found["second_ahead"] + found["first_ahead"]
+    # Resampled, pairs that are all alike give an interval of no width, which would look like certainty.
+    interval = _interval(found["difference_interval"]) if decided else "no pair differs"
+    table.add_row("difference", f"{found['difference']:+.4f}", interval)
     table.add_row(
         "margin, nats", f"{found['margin_difference_nats']:+.4f}", _interval(found["margin_difference_nats_interval"])
     )
@@ -53,16 +56,29 @@ def show_comparison(console: Console, first: str, second: str, found: dict[str, 
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """The comparison in a sentence."""
+    """The comparison in plain sentences."""
+    pairs = found["pairs"]
     if found["distinguishable"]:
         better = "second" if found["difference"] > 0 else "first"
-        return f"The {better} is better on these {found['pairs']} pairs, beyond chance."
-    if found["pairs_needed"] is None:
-        return f"No difference on {found['pairs']} pairs: they cannot be told apart."
-    return (
-        f"{found['pairs']} pairs cannot tell them apart. If the difference of {found['difference']:+.4f} is the truth, "
-        f"about {found['pairs_needed']} pairs tell it four times in five."
-    )
+        return f"The {better} is better on these {pairs} pairs, beyond chance."
+    if not found["second_ahead"] + found["first_ahead"]:
+        # No difference seen in n pairs: what a share has to stay below for that to be usual (the "rule of three").
+        unseen = 1 - (1 - found["confidence"]) ** (1 / pairs)
+        said = (
+            f"Both decide each of the {pairs} pairs alike: they cannot be told apart. That many pairs leave room for "
+            f"others, up to {unseen:.1%} of all, on which the two differ."
+        )
+    elif found["pairs_needed"] is None:
+        said = f"No difference on {pairs} pairs: they cannot be told apart."
+    else:
+        said = (
+            f"{pairs} pairs cannot tell them apart. If the difference of {found['difference']:+.4f} is the truth, "
+            f"about {found['pairs_needed']} pairs tell it four times in five."
+        )
+    low, high = found["margin_difference_nats_interval"]
+    if not low <= 0 <= high:
+        said += " Their margins do differ beyond chance; a larger margin alone is no better answer."
+    return said
 
 
 def show_settings(console: Console, runs: list[str], rows: dict[str, list[str]]) -> None:

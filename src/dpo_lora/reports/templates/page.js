@@ -22,19 +22,24 @@ for (const table of document.querySelectorAll("table.sortable")) {
 for (const filter of document.querySelectorAll(".filter")) {
   const rows = [...document.querySelector("table.sortable").tBodies[0].rows];
   const texts = rows.map((row) => row.textContent.toLowerCase());
-  const [words, status, count] = ["input", "select", "output"].map((name) => filter.querySelector(name));
+  const [words, count] = ["input", "output"].map((name) => filter.querySelector(name));
+  const choices = [...filter.querySelectorAll("select")];
   const apply = () => {
     const wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     rows.forEach((row, number) => {
       const fits = wanted.every((word) => texts[number].includes(word));
-      row.hidden = !fits || (status.value !== "" && row.dataset.status !== status.value);
+      row.hidden = !fits || choices.some(({ name, value }) => value !== "" && row.dataset[name] !== value);
       shown += row.hidden ? 0 : 1;
     });
     count.textContent = `${shown} of ${rows.length}`;
   };
   words.addEventListener("input", apply);
   filter.addEventListener("submit", (event) => event.preventDefault());
-  status.addEventListener("change", apply);
+  for (const choice of choices) choice.addEventListener("change", apply);
   apply();
+}
+// On paper nothing can be unfolded.
+for (const [event, open] of [["beforeprint", true], ["afterprint", false]]) {
+  addEventListener(event, () => document.querySelectorAll("details.print").forEach((part) => (part.open = open)));
 }
