@@ -91,6 +91,7 @@ class InstantProcesses:
 
     def _life(self, trial: Trial) -> Any:
         settings, run = trial.settings, RunDir(trial.path)
+        run.settings_file.write_text(json.dumps(settings))  # YAML, too
         run.write_manifest({"status": "running", "started": now()})
         last, every = settings["train"]["max_steps"], settings["eval"]["every"]
         for step in range(every, last, every) if every else ():
@@ -127,7 +128,6 @@ class InstantProcesses:
         rows = [{"step": last, "prompt": f"p{n}", "pair": f"x{n}", "win": float(n < wins)} for n in range(PAIRS)]
         run.eval_pairs_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         steps = [{"step": s, "epoch": s / last, "loss": 0.7 - self.world.worth(settings, s)} for s in (1, last)]
-        run.settings_file.write_text(json.dumps(settings))  # YAML, too
         run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in steps))
         run.write_manifest(
             {

@@ -20,6 +20,7 @@ INK, MUTED, GRID = "#010203", "#020304", "#030405"
 SERIES = ("#0a0b0c", "#0b0c0d", "#0c0d0e", "#0d0e0f")
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", **{c: f"--series-{n}" for n, c in enumerate(SERIES, 1)}}
 MOST_POINTS = 300
+MOST_TICKS = 6  # different values on an axis of parallel coordinates that are all named
 # Inches at which 9 points read well in the page's columns: three, two, one of them.
 NARROW, MIDDLE, WIDE = 3.9, 5.8, 11.0
 
@@ -63,6 +64,7 @@ def curves(
         if level is not None:
             axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlabel(x_label)
+        axes.xaxis.get_major_locator().set_params(integer=x_label == "step")
         axes.set_ylabel(unit)
         if len(lines) > 1:
             _legend(axes)
@@ -129,6 +131,7 @@ def overlay(title: str, lines: Sequence[Line], first: int, *, unit: str, level: 
         if level is not None:
             axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(unit)
         ends = "; ".join(f"{line.name} ends at {line.y[-1]:.4g}" for _, line in shown[:8])
         return finish(f"{title} of {len(shown)} trials, the best in front: {ends}.")
@@ -168,7 +171,11 @@ def _places(values: Sequence[float | str]) -> tuple[list[float], list[tuple[floa
         low, high = float(numbers.min()), float(numbers.max())
         scaled = np.log(numbers) if low > 0 and high / low > 20 else numbers
         span = float(np.ptp(scaled)) or 1.0
-        return [float(h) for h in (scaled - scaled.min()) / span], [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
+        heights = [float(height) for height in (scaled - scaled.min()) / span]
+        ticks = dict(zip(heights, numbers, strict=True))
+        if len(ticks) > MOST_TICKS:
+            ticks = {0.0: low, 1.0: high}
+        return heights, [(height, f"{number:.3g}") for height, number in ticks.items()]
     kinds = list(dict.fromkeys(str(value) for value in values))
     steps = max(1, len(kinds) - 1)
     return [kinds.index(str(v)) / steps for v in values], [(n / steps, k[:18]) for n, k in enumerate(kinds)]

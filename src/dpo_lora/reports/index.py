@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from dpo_lora.files import write_atomic
@@ -22,7 +23,7 @@ _SETTINGS = {
     "rate": ("train", "learning_rate"),
     "seed": ("seed",),
 }
-COLUMNS = ("name", "kind", "status", "accuracy", "interval", "margin", "note", *_SETTINGS, "duration", "started")
+COLUMNS = ("name", "kind", "status", "accuracy", "interval", "margin", *_SETTINGS, "duration", "started", "note")
 
 
 def write(outputs: Path) -> Path:
@@ -66,7 +67,7 @@ def _run(run: RunDir, outputs: Path) -> dict[str, Any]:
         "accuracy": None if after is None else after["accuracy"],
         "interval": None if after is None else after["accuracy_interval"],
         "margin": None if after is None else after["margin"],
-        "note": shown((manifest.get("reason") or "").partition("\n")[0], 160),
+        "note": _note(manifest.get("reason") or ""),
         "settings": _settings(settings),
         "seconds": seconds_between(manifest),
         "started": manifest.get("started", ""),
@@ -96,11 +97,15 @@ def _sweep(sweep: SweepDir) -> dict[str, Any]:
         "accuracy": accuracy,
         "interval": interval,
         "margin": figures and figures["margin"],
-        "note": shown((counts or "no trials yet") + (f"; best {name_of(best)}" if best else ""), 200),
+        "note": _note((counts or "no trials yet") + (f"; best {name_of(best)}" if best else "")),
         "settings": _settings(RunDir(sweep.path / facts["best"]).settings()) if figures else [""] * len(_SETTINGS),
         "seconds": sum(s["seconds"] for s in facts["sittings"]) if facts.get("sittings") else None,
         "started": facts["started"],
     }
+
+
+def _note(text: str) -> str:
+    return shown(shorten(text, 160, placeholder=" …"))
 
 
 def _settings(settings: dict[str, Any]) -> list[str]:

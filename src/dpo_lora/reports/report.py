@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_lora.evaluation import diagnosis
 from dpo_lora.files import read_jsonl, write_atomic
-from dpo_lora.reports import answers, ending, facts, figures, pairs
+from dpo_lora.reports import answers, ending, facts, figures, pairs, terminal
 from dpo_lora.reports.pages import render, safe_link, shown
 from dpo_lora.rundir import RunDir
 from dpo_lora.settings import defaults
@@ -53,7 +53,7 @@ def page(run: RunDir) -> str:
         heldout=figures.heldout([row for row in scored if after and row["step"] == after["step"]], after),
         samples=answers.of_run(run),
         judge=_judged(run),
-        regression=_read(run.regress_file),
+        regression=_regressed(run),
         data=pairs.of_run(run, manifest),
         settings=facts.settings(settings, defaults()),
         command=shlex.join(manifest.get("command", [])),
@@ -75,6 +75,11 @@ def _judged(run: RunDir) -> dict[str, Any] | None:
         return None
     against = "its reference" if len(found["runs"]) == 1 else found["runs"][0]
     return {**found, "against": shown(against, 200), "model": shown(found["model"], 200)}
+
+
+def _regressed(run: RunDir) -> dict[str, Any] | None:
+    found = _read(run.regress_file)
+    return found and {**found, "says": terminal.regression_verdict(found["rows"])}
 
 
 def _when(manifest: dict[str, Any]) -> str:

@@ -53,6 +53,7 @@ def page(sweep: Path) -> str:
         drawings=[d for d in (_ranking(facts), *_curves(sweep, facts)) if d is not None],
         parallel=_parallel(facts, finished),
         effect_drawings=[d for d in (_effect(effect, objective) for effect in main) if d is not None],
+        reported={t["id"] for t in facts["trials"] if (sweep / t["id"] / "report.html").is_file()},
         costs=_costs(facts, finished),
         failures=[
             {**t, "reason": shown(t["reason"]), "log": shown("\n".join(t.get("log", [])))}
