@@ -32,7 +32,7 @@ def test_the_page_holds_every_part(cli: CommandLine, world: World, sweep_words: 
     best = json.loads((sweep / "sweep.json").read_text())["ranking"][0]
     for part in (
         f'<a href="./{sweep.name}/report.html">', "4 failed, 20 finished",
-        "best dpo.beta=0.1 train.learning_rate=1e-4 lora.r=",
+        "best dpo.beta=0.1 train.learning_rate=0.0001 lora.r=",
         f">{best['value']:.3f}<", f">{best['interval'][0]:.3f} to {best['interval'][1]:.3f}<",
     ):  # fmt: skip
         assert part in row, part
