@@ -1,6 +1,6 @@
 """Makespan of one sweep, made twice: dpo-lora's own launcher against Hydra's basic launcher with stock TRL.
 
-    python bench/sweeps/makespan.py [--side ours|stock] [--steps 12] [--heldout 8] [--out FILE.json]
+    python bench/sweeps/makespan.py [--side ours|stock] [--rows FILE.jsonl] [--steps 12] [--heldout 8] [--out FILE.json]
 
 Eight trials over beta, learning rate and rank on the embedded 135M model, same pairs, same steps, scores
 before and after, from an empty reference cache (the converted base model is there for both). Times are of
@@ -31,17 +31,24 @@ PAIRS_PER_STEP = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", choices=["ours", "stock"])
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        default=ROOT / "data" / "explainer.jsonl",
+        help="pairs: the first train, the last are held out",
+    )
     parser.add_argument("--steps", type=int, default=12, help=f"optimizer steps of {PAIRS_PER_STEP} pairs a trial")
     parser.add_argument("--heldout", type=int, default=8, help="held-out pairs, scored before and after")
     parser.add_argument("--stock-trials", type=int, choices=[1, 2, 4, 8], default=8)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    options.out = options.out or ROOT / "bench" / "results" / f"sweep_makespan_{options.steps}_steps.json"
+    options.out = options.out or ROOT / "bench" / "results" / f"sweep_makespan_{options.rows.stem}.json"
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     found |= {"machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}}
     found |= {
         "sweep": {
             **SPACE,
+            "rows": options.rows.name,
             "steps": options.steps,
             "pairs_per_step": PAIRS_PER_STEP,
             "heldout": options.heldout,
@@ -50,7 +57,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _write_pairs(folder, options.steps * PAIRS_PER_STEP, options.heldout)
+        _write_pairs(folder, options.rows, options.steps * PAIRS_PER_STEP, options.heldout)
         if options.side in (None, "ours"):
             found["ours"] = ours(folder, options.steps)
         if options.side in (None, "stock"):
@@ -62,8 +69,8 @@ def main() -> None:
     print(json.dumps(found, indent=2))
 
 
-def _write_pairs(folder: Path, train: int, heldout: int) -> None:
-    rows = (ROOT / "data" / "explainer.jsonl").read_text().splitlines()
+def _write_pairs(folder: Path, file: Path, train: int, heldout: int) -> None:
+    rows = file.read_text(encoding="utf-8").splitlines()
     rows = [json.dumps({k: json.loads(r)[k] for k in ("id", "prompt", "chosen", "rejected")}) + "\n" for r in rows]
     (folder / "train.jsonl").write_text("".join(rows[:train]))
     (folder / "heldout.jsonl").write_text("".join(rows[-heldout:]))
@@ -94,6 +101,7 @@ def ours(folder: Path, steps: int) -> dict[str, Any]:
     runs = [json.loads(file.read_text()) for file in sweep.glob(f"{'[0-9a-f]' * 16}/run.json")]
     ended = [json.loads(file.read_text()) for file in sweep.glob(f"{'[0-9a-f]' * 16}/outcome.json")]
     assert len(runs) == 8 and all(run["status"] == "finished" for run in runs)
+    assert all(run["training"]["pairs"] == steps * PAIRS_PER_STEP for run in runs)
     spans = [e["seconds"] for e in ended]
     training = [r["timings"]["training_seconds"] for r in runs]
     scoring = [r["timings"]["evaluation_seconds"] for r in runs]
