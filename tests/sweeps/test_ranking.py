@@ -10,6 +10,7 @@ import pytest
 
 from dpo_lora.reports import effects
 from dpo_lora.sweeps.ranking import Score, SeedNoise, clustered_error, rank, t_quantile
+from dpo_lora.sweeps.table import behind
 from dpo_lora.sweeps.trial import Trial
 
 
@@ -93,3 +94,9 @@ def test_effects_see_settings_that_act_together() -> None:
     objective = [float(x == y) + 0.01 * n for n, (x, y) in enumerate(zip(a, b, strict=True))]
     (pair,) = effects.pairs({"a": a, "b": b}, objective)
     assert pair.share > 0.5
+
+
+def test_no_difference_is_no_interval_of_no_width() -> None:
+    assert behind({"behind": 0.0, "behind_interval": (0.0, 0.0)}) == "no pair differs"
+    assert behind({"behind": 0.1, "behind_interval": (-0.05, 0.25)}) == "+0.1 (-0.05 to +0.25)"
+    assert behind({"behind": None, "behind_interval": None}) == ""

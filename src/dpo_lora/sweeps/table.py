@@ -151,17 +151,28 @@ def ranking_table(facts: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for place, entry in enumerate(facts["ranking"], 1):
-        bounds, behind = entry["interval"], entry["behind_interval"]
+        bounds = entry["interval"]
         table.add_row(
             str(place),
             *(entry["varied"].get(name, "") for name in facts["varies"]),
             str(len(entry["seeds"])),
             f"{entry['value']:.4g}",
             "" if bounds is None else f"{bounds[0]:.3g} to {bounds[1]:.3g}",
-            "" if behind is None else f"{entry['behind']:+.3g} ({behind[0]:+.3g} to {behind[1]:+.3g})",
+            behind(entry),
             verdict(place, entry),
         )
     return table
+
+
+def behind(entry: dict[str, Any]) -> str:
+    """How much the best is ahead of a setting, with the interval."""
+    bounds = entry["behind_interval"]
+    if bounds is None:
+        return ""
+    # An interval of no width would look like certainty; that no pair differs is all that was seen.
+    if not any(bounds):
+        return "no pair differs"
+    return f"{entry['behind']:+.3g} ({bounds[0]:+.3g} to {bounds[1]:+.3g})"
 
 
 def verdict(place: int, entry: dict[str, Any]) -> str:
