@@ -262,3 +262,11 @@ def test_the_index_sorts_and_filters(
     assert result["up"][54:] == [""] * 6, "runs without a figure come last"
     assert result["one"] == 1
     assert result["failed"] == 6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(59.4, "59 s"), (59.7, "1 min 0 s"), (419.7, "7 min 0 s"), (3599.6, "1 h 0 min"), (5400, "1 h 30 min")],
+)
+def test_no_minute_has_sixty_seconds(seconds: float, said: str) -> None:
+    assert report.duration(seconds) == said

@@ -89,10 +89,11 @@ def _when(manifest: dict[str, Any]) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    return f"{minutes} min {seconds % 60:.0f} s" if hours == 0 else f"{hours} h {minutes % 60} min"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, hours = whole // 60, whole // 3600
+    return f"{minutes} min {whole % 60} s" if hours == 0 else f"{hours} h {minutes % 60} min"
 
 
 def seconds_between(manifest: dict[str, Any]) -> float | None:
