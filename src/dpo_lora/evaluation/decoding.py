@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dpo_lora.engine.continuing import CachedSteps
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -44,7 +46,6 @@ def continuations(
         adapters: names of PEFT adapters ("__base__": none) that continue every prompt in turn, with the same noise:
             the first one's N continuations come first. Without any, the model as it is continues them.
     """
-    named = {"adapter_names": [name for name in adapters for _ in prompts]} if adapters else {}
     copies = max(1, len(adapters))
     prompts, sampled = prompts * copies, sampled * copies
     device = next(model.parameters()).device
@@ -53,25 +54,16 @@ def continuations(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     drawn = torch.tensor(sampled)
     generator = torch.Generator().manual_seed(seed)
-    last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    room = width + max_new_tokens
+    read_on = CachedSteps.of(model, adapters, room) or _OwnSteps(model, adapters, len(prompts))
     tokens: list[list[int]] = [[] for _ in prompts]
     logps: list[list[float]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    cache, step = None, ids
+    step = ids
     for _ in range(max_new_tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
-        output = model(
-            input_ids=step,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **last_only,
-            **named,
-        )
-        cache = output.past_key_values
         # On the CPU, so that a seed draws the same there and on a GPU up to rounding of the logits.
-        scores = torch.log_softmax(output.logits[:, -1].float().cpu(), dim=-1)
+        scores = torch.log_softmax(read_on(step, mask, positions).float().cpu(), dim=-1)
         chosen = scores.argmax(-1)
         noise = torch.rand(int(drawn.sum()) // copies, 1, generator=generator, dtype=torch.float64)
         chosen[drawn] = _draw(scores[drawn], noise.repeat(copies, 1))
@@ -88,6 +80,26 @@ def continuations(
         step = chosen.unsqueeze(1).to(device)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
     return [Continuation(*row) for row in zip(tokens, logps, ended, strict=True)]
+
+
+class _OwnSteps:
+    """The model's own cached forward pass, read like `CachedSteps`."""
+
+    def __init__(self, model: Any, adapters: tuple[str, ...], rows: int) -> None:
+        self.model, self.cache = model, None
+        self.options: dict[str, Any] = {"use_cache": True}
+        if adapters:
+            self.options["adapter_names"] = [name for name in adapters for _ in range(rows // len(adapters))]
+        if _keeps_logits(model):
+            self.options["logits_to_keep"] = 1
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, **self.options
+        )
+        self.cache = output.past_key_values
+        last: torch.Tensor = output.logits[:, -1]
+        return last
 
 
 def _draw(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
