@@ -104,13 +104,14 @@ class Bench:
             return self.epoch(cut, cached=True)
 
     def ours(self, cached: bool, budget: int | None = -1, onednn: bool = True, **engine) -> tuple[float, list[float]]:
-        from dpo_lora.engine.batching import cut, pair_tokens
+        from dpo_lora.engine.batching import common_opening, cut, pair_tokens
         from dpo_lora.engine.forward import PackedForward
 
         budget = self.budget if budget == -1 else budget
         steps = []
         for step in self.steps():
-            micros = cut([pair_tokens(self.rows[i]) for i in step], budget)
+            opening = common_opening([self.rows[i]["prompt_ids"] for i in step])
+            micros = cut([pair_tokens(self.rows[i]) - opening for i in step], budget and budget - opening)
             steps.append([[step[i] for i in m.pairs] for m in micros])
         packed = PackedForward(self.model, **engine)
         packed.install()

@@ -17,18 +17,21 @@ from dpo_lora.engine.varlen_attention import (
 )
 
 
-def plan_of(*segments: tuple[int, int, int]) -> PairPlan:
+def plan_of(*segments: tuple[int, int, int], opening: int = 0) -> PairPlan:
     """A plan with the given (shared, chosen, rejected) counts; token ids only make the branches differ."""
     rows = []
-    for shared, chosen, rejected in segments:
-        prefix = [3] * shared
-        rows.append(((prefix + [4] * (chosen + 1), shared), (prefix + [5] * (rejected + 1), shared)))
+    for number, (shared, chosen, rejected) in enumerate(segments):
+        prefix = [2] * opening + [100 + number] * shared
+        start = len(prefix) + 1 if opening and chosen and rejected else len(prefix)
+        rows.append(((prefix + [4] * (chosen + 1), start), (prefix + [5] * (rejected + 1), start)))
     plan = plan_pairs(rows)
-    assert plan.segments == segments
+    assert plan.segments == segments and plan.opening == opening
     return plan
 
 
 PLANS = [((5, 3, 4),), ((0, 4, 2), (7, 1, 1)), ((1, 5, 0), (4, 0, 3)), ((150, 70, 90), (3, 130, 2))]
+OPENED = [((5, 3, 4), (0, 4, 2)), ((2, 5, 0), (4, 0, 3), (1, 1, 1)), ((90, 70, 90), (3, 130, 2))]
+ALL = [*((segments, 0) for segments in PLANS), *((segments, opening) for segments in OPENED for opening in (8, 120))]
 
 
 def dense(q, k, v, plan, scale, softcap):
@@ -36,7 +39,7 @@ def dense(q, k, v, plan, scale, softcap):
     pair, branch = visible_pairs(plan)
     t = torch.arange(plan.tokens)
     own = (branch[None] == 0) | (branch[None] == branch[:, None])
-    visible = (pair[None] == pair[:, None]) & own & (t[None] <= t[:, None])
+    visible = ((pair[None] == pair[:, None]) | (pair[None] == -1)) & own & (t[None] <= t[:, None])
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * scale
@@ -51,10 +54,10 @@ def inputs(plan, heads=4, key_heads=2):
     return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
-@pytest.mark.parametrize("segments", PLANS, ids=str)
+@pytest.mark.parametrize("segments, opening", ALL, ids=str)
 @pytest.mark.parametrize("kernel, softcap", [("sdpa", None), ("block", None), ("block", 2.0)])
-def test_forward_and_backward(kernel, softcap, segments):
-    plan = plan_of(*segments)
+def test_forward_and_backward(kernel, softcap, segments, opening):
+    plan = plan_of(*segments, opening=opening)
     results = []
     for run in (KERNELS[kernel], dense):
         tensors = inputs(plan)
@@ -66,20 +69,20 @@ def test_forward_and_backward(kernel, softcap, segments):
         assert torch.allclose(ours, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("segments", PLANS, ids=str)
-def test_flex_block_mask(segments):
-    plan = plan_of(*segments)
+@pytest.mark.parametrize("segments, opening", ALL, ids=str)
+def test_flex_block_mask(segments, opening):
+    plan = plan_of(*segments, opening=opening)
     tensors = [x.detach().float() for x in inputs(plan)]
     for softcap in (None, 2.0):
         out = KERNELS["flex"](*tensors, plan, 0.3, softcap)
         assert torch.allclose(out, dense(*tensors, plan, 0.3, softcap), atol=1e-5)
 
 
-@pytest.mark.parametrize("segments", PLANS, ids=str)
-def test_varlen_key_gathering(segments):
+@pytest.mark.parametrize("segments, opening", ALL, ids=str)
+def test_varlen_key_gathering(segments, opening):
     """The flash kernel itself needs CUDA; its arguments are proven by a plain emulation of what it
     computes."""
-    plan = plan_of(*segments)
+    plan = plan_of(*segments, opening=opening)
     results = []
     for gathered in (True, False):
         tensors = inputs(plan)
@@ -100,6 +103,22 @@ def test_varlen_segments_match_torch_rules():
     assert s.cu_k.tolist() == [0, 8, 17, 21, 23]
     assert s.cu_q.dtype == s.cu_k.dtype == torch.int32 and (s.max_q, s.max_k) == (8, 9)
     assert s.key_rows.tolist() == [*range(8), *range(5), *range(8, 12), *range(12, 16), 16, 17]
+
+
+def test_what_all_pairs_begin_with_is_gathered_for_each():
+    plan = plan_of((2, 3, 4), (0, 4, 2), opening=8)
+    assert [tuple(run) for run in plan.runs] == [
+        ((), 0, 8),
+        (((0, 8),), 8, 5),
+        (((0, 8), (8, 2)), 13, 4),
+        (((0, 8),), 17, 4),
+        (((0, 8),), 21, 2),
+    ]
+    s = segments_of(plan)
+    assert s.cu_q.tolist() == [0, 8, 13, 17, 21, 23]
+    assert s.key_rows.tolist() == [
+        *range(8), *range(8), *range(8, 13), *range(8), 8, 9, *range(13, 17), *range(8), *range(17, 21), *range(8), 21, 22,
+    ]  # fmt: skip
 
 
 def test_older_varlen_signatures_compute_the_same():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.engine import worlds
 
-from dpo_lora.engine.batching import TokenBudget, cut, pair_tokens, separable, why_inseparable
+from dpo_lora.engine.batching import TokenBudget, common_opening, cut, pair_tokens, separable, why_inseparable
 from dpo_lora.engine.forward import PackedForward
 
 
@@ -120,6 +120,19 @@ def test_budget_halves_without_losing_the_step():
     for _ in range(5):
         budget.run([50] * 8, step, lambda: None)
     assert budget.tokens == 100, "grew back to what failed"
+
+
+def test_a_common_opening_counts_once_a_row():
+    prompts = [[*range(10, 30), n, n + 1] for n in range(6)]
+    assert common_opening(prompts) == 20
+    assert common_opening([*prompts, [*range(10, 21)]]) == 10, "the shortest prompt's last token stays its own"
+    assert common_opening([*prompts, [9, 9]]) == 0 == common_opening(prompts[:1]) == common_opening([])
+    assert common_opening([[*range(5), n] for n in range(3)]) == 0, "too short to be worth it"
+    seen = []
+    budget = TokenBudget(start=50, ceiling=50, floor=1)
+    budget.run([30] * 6, lambda cuts: seen.append([c.pairs for c in cuts]), lambda: None, opening=20)
+    budget.run([30] * 6, lambda cuts: seen.append([c.pairs for c in cuts]), lambda: None)
+    assert [len(cuts) for cuts in seen] == [2, 6], "20 + 3 * 10 tokens fit, 2 * 30 do not"
 
 
 def test_budget_grows_to_its_ceiling_and_reports_the_impossible():

@@ -59,14 +59,22 @@ def test_every_loss_and_option(options, tmp_path):
     compare(worlds.model("llama"), worlds.pairs(5), tmp_path, **options)
 
 
+@pytest.mark.parametrize("opening", [0, 15])
 @pytest.mark.parametrize("name", sorted(worlds.configs()))
-def test_every_architecture(name, tmp_path):
-    compare(worlds.model(name), worlds.pairs(4), tmp_path)
+def test_every_architecture(name, opening, tmp_path):
+    compare(worlds.model(name), worlds.pairs(4, opening=opening), tmp_path)
 
 
+@pytest.mark.parametrize("opening", [0, 15])
 @pytest.mark.parametrize("kernel", ["sdpa", "block"])
-def test_every_kernel(kernel, tmp_path):
-    compare(worlds.model("qwen3"), worlds.pairs(4), tmp_path, engine={"kernel": kernel, "layers": "plain"})
+def test_every_kernel(kernel, opening, tmp_path):
+    rows = worlds.pairs(4, opening=opening)
+    compare(worlds.model("qwen3"), rows, tmp_path, engine={"kernel": kernel, "layers": "plain"})
+
+
+@pytest.mark.parametrize("options", [{"max_length": 20}, {"max_length": 20, "truncation_mode": "keep_end"}], ids=str)
+def test_pairs_that_begin_alike_are_cut_as_stock_cuts_them(options, tmp_path):
+    compare(worlds.model("llama"), worlds.pairs(5, opening=15), tmp_path, **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
@@ -74,4 +82,4 @@ def test_every_kernel(kernel, tmp_path):
 def test_layers_by_hand_and_plain(name, engine, tmp_path):
     base = worlds.model(name)
     assert read_layers(base.base_model.requires_grad_(False)) is not None
-    compare(base, worlds.pairs(4), tmp_path, engine=engine)
+    compare(base, worlds.pairs(4, opening=15), tmp_path, engine=engine)

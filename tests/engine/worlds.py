@@ -21,10 +21,11 @@ def tokenizer():
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0", eos_token="t2", bos_token="t1")
 
 
-def pairs(count: int, seed: int = 0, longest: int = 12) -> list[dict]:
+def pairs(count: int, seed: int = 0, longest: int = 12, opening: int = 0) -> list[dict]:
     """Random pairs; some share the first answer tokens, one has a prompt of length 1, one a very short
-    answer."""
+    answer. All prompts begin with the same ``opening`` tokens before that."""
     rng = random.Random(seed)
+    begin = list(range(20, 20 + opening))
 
     def words(n: int) -> list[int]:
         return [rng.randrange(3, VOCABULARY) for _ in range(n)]
@@ -35,7 +36,7 @@ def pairs(count: int, seed: int = 0, longest: int = 12) -> list[dict]:
         prompt = words(1 if i == 1 else rng.randrange(2, longest))
         rows.append(
             {
-                "prompt_ids": prompt,
+                "prompt_ids": begin + prompt,
                 "chosen_ids": opening + words(rng.randrange(1, longest)),
                 "rejected_ids": opening + words(rng.randrange(1, longest)),
             }

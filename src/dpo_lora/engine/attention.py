@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_lora.engine import block_attention, varlen_attention
 from dpo_lora.engine.packing import PairPlan
+from dpo_lora.engine.runs import run_keys
 
 PREFIX = "dpo_pairs_"
 _plan: ContextVar[PairPlan | None] = ContextVar("pair_plan", default=None)
@@ -44,26 +45,17 @@ def sdpa_pairs(
     if softcap is not None:
         raise ValueError("torch SDPA has no logit soft-capping; use the kernel 'block' or 'flex'")
     gqa = query.shape[1] != key.shape[1]
-    lengths = [n for segment in plan.segments for n in (segment[0] + segment[1], segment[2])]
     outputs = []
-    shared_key = shared_value = None
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    for number, (q, k, v) in enumerate(parts):
-        shared = plan.segments[number // 2][0]
-        if number % 2 == 0:  # [shared | chosen] lie side by side: one plain causal call
-            out = (
-                F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-                if q.shape[2]
-                else q
-            )
-            shared_key, shared_value = k[:, :, :shared], v[:, :, :shared]
-        elif q.shape[2]:
-            rows = torch.arange(q.shape[2], device=q.device)
-            mask = torch.arange(shared + q.shape[2], device=q.device) <= rows[:, None] + shared
-            k, v = torch.cat([shared_key, k], 2), torch.cat([shared_value, v], 2)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
-        else:
-            out = q
+    for run in plan.runs:
+        own = slice(run.first, run.first + run.count)
+        q, (k, v) = query[:, :, own], (run_keys(x, run, 2) for x in (key, value))
+        mask = None
+        if run.before:
+            rows = torch.arange(run.count, device=q.device)
+            mask = torch.arange(k.shape[2], device=q.device) <= rows[:, None] + run.seen
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+        )
         outputs.append(out)
     return torch.cat(outputs, 2).transpose(1, 2)
 

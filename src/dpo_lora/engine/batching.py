@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from dpo_lora.engine.packing import positions_needed
+from dpo_lora.engine.packing import LEAST_OPENING, positions_needed
 from dpo_lora.errors import UserError
 
 Result = TypeVar("Result")
@@ -57,6 +57,16 @@ def pair_tokens(row: dict, max_length: int | None = None) -> int:
         return positions_needed(prompt, chosen, rejected)
     sides = (min(prompt + n, max_length) for n in (chosen, rejected))
     return min(positions_needed(prompt, chosen, rejected), sum(sides))
+
+
+def common_opening(prompts: Sequence[list[int]]) -> int:
+    """Tokens that several prompts all begin with and that a row of any of these pairs holds once."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # by their tokens: whatever lies between begins as these two do
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    shared -= shared == len(first)  # the last token of a prompt predicts: it stays the pair's own
+    return shared if shared >= LEAST_OPENING else 0
 
 
 def cut(sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False) -> list[MicroBatch]:
@@ -110,16 +120,21 @@ class TokenBudget:
         self.clean = 0
 
     def run(
-        self, sizes: Sequence[int], step: Callable[[list[MicroBatch]], Result], reset: Callable[[], None]
+        self,
+        sizes: Sequence[int],
+        step: Callable[[list[MicroBatch]], Result],
+        reset: Callable[[], None],
+        opening: int = 0,
     ) -> Result:
         """Call step(micro-batches) for one optimizer step; on out-of-memory reset() (drop gradients) and cut
         finer.
 
+        opening: tokens counted in each of the sizes that a row holds once (`common_opening`).
         step must not have moved the optimizer when it raises. Any other error passes; so does out-of-memory
         when every micro-batch is a single pair already, with what to do in the message.
         """
         while True:
-            batches = cut(sizes, self.tokens)
+            batches = cut([size - opening for size in sizes], max(1, self.tokens - opening))
             try:
                 result = step(batches)
             except Exception as error:

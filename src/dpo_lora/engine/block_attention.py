@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dpo_lora.engine.packing import PairPlan
+from dpo_lora.engine.runs import run_keys
 
 _BLOCK = 96  # queries a block: fewer calls than 64, less computed in vain than 128 (measured, SmolLM2-135M)
 
@@ -48,17 +49,6 @@ class PairAttention(torch.autograd.Function):
         into = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         attend_backward(grad, q, k, v, out, *ctx.rest, into=into)
         return *into, None, None, None
-
-
-def _runs(plan: PairPlan) -> list[tuple[int, int, int, int]]:
-    """(first shared position, shared length, first query, queries) of each causal run of the plan."""
-    runs, offset = [], 0
-    for shared, chosen, rejected in plan.segments:
-        # [shared | chosen] lie side by side: one ordinary causal run without a prefix
-        runs.append((offset, 0, offset, shared + chosen))
-        runs.append((offset, shared, offset + shared + chosen, rejected))
-        offset += shared + chosen + rejected
-    return [run for run in runs if run[3]]
 
 
 def _blocks(queries: int) -> list[tuple[int, int]]:
@@ -104,12 +94,6 @@ def _probabilities(q: Tensor, k: Tensor, count: int, softcap: float | None) -> t
     return torch.softmax(wide, -1).to(q.dtype), slope
 
 
-def _seen(x: Tensor, shared_at: int, shared: int, first: int, count: int) -> Tensor:
-    """Keys or values [G, T, D] of a run: its prefix and itself, [G, shared + count, D]."""
-    own = x[:, first : first + count]
-    return torch.cat([x[:, shared_at : shared_at + shared], own], 1) if shared else own
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float, softcap: float | None) -> Tensor:
     """Forward pass; shapes as in `PairAttention`."""
     groups = k.shape[1]
@@ -117,12 +101,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float, softca
     rows = _group(q, groups, scale if softcap is None else scale / softcap)
     keys, values = _group(k, groups), _group(v, groups)
     result = torch.empty_like(rows)
-    for shared_at, shared, first, count in _runs(plan):
-        k_run, v_run = (_seen(x, shared_at, shared, first, count) for x in (keys, values))
-        for a, b in _blocks(count):
-            block = slice((first + a) * repeat, (first + b) * repeat)
-            p, _ = _probabilities(rows[:, block], k_run[:, : shared + b], b - a, softcap)
-            torch.bmm(p, v_run[:, : shared + b], out=result[:, block])
+    for run in plan.runs:
+        k_run, v_run = (run_keys(x, run, 1) for x in (keys, values))
+        for a, b in _blocks(run.count):
+            block = slice((run.first + a) * repeat, (run.first + b) * repeat)
+            p, _ = _probabilities(rows[:, block], k_run[:, : run.seen + b], b - a, softcap)
+            torch.bmm(p, v_run[:, : run.seen + b], out=result[:, block])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _ungroup(result, out)
     return out
@@ -141,12 +125,12 @@ def attend_backward(
     # sum_j p_j dp_j of each row: what the softmax's own normalisation takes off
     level = torch.linalg.vecdot(upstream, _group(out, groups))[..., None]
     d_rows, d_keys, d_values = (torch.empty_like(x) for x in (rows, keys, values))
-    for shared_at, shared, first, count in _runs(plan):
-        k_run, v_run = (_seen(x, shared_at, shared, first, count) for x in (keys, values))
+    for run in plan.runs:
+        k_run, v_run = (run_keys(x, run, 1) for x in (keys, values))
         dk_run, dv_run = torch.zeros_like(k_run), torch.zeros_like(v_run)
-        for a, b in _blocks(count):
-            seen = shared + b
-            block = slice((first + a) * repeat, (first + b) * repeat)
+        for a, b in _blocks(run.count):
+            seen = run.seen + b
+            block = slice((run.first + a) * repeat, (run.first + b) * repeat)
             p, slope = _probabilities(rows[:, block], k_run[:, :seen], b - a, softcap)
             dv_run[:, :seen].baddbmm_(p.transpose(1, 2), upstream[:, block])
             ds = torch.bmm(upstream[:, block], v_run[:, :seen].transpose(1, 2))
@@ -155,9 +139,12 @@ def attend_backward(
                 ds.mul_(slope).mul_(softcap)
             torch.bmm(ds, k_run[:, :seen], out=d_rows[:, block])
             dk_run[:, :seen].baddbmm_(ds.transpose(1, 2), rows[:, block])
-        for run, total in ((dk_run, d_keys), (dv_run, d_values)):
-            total[:, first : first + count] = run[:, shared:]
-            if shared:
-                total[:, shared_at : shared_at + shared] += run[:, :shared]
+        for part, total in ((dk_run, d_keys), (dv_run, d_values)):
+            # What a run sees lies before it in the row, so its own gradient was begun by then.
+            total[:, run.first : run.first + run.count] = part[:, run.seen :]
+            at = 0
+            for first, length in run.before:
+                total[:, first : first + length] += part[:, at : at + length]
+                at += length
     for grouped, target in zip((d_rows.mul_(inner), d_keys, d_values), into, strict=True):
         _ungroup(grouped, target)

@@ -5,7 +5,9 @@ answers). Causal attention makes the hidden states of that prefix identical in b
 
     [shared prefix][rest of chosen][rest of rejected]
 
-where both rests start at the same position id, and each sees the shared prefix and itself only. The last
+where both rests start at the same position id, and each sees the shared prefix and itself only. What all pairs
+of a micro-batch begin with (a system prompt, the template's first words, a prompt they have in common) lies once
+before all of them, the row's *opening*, and every pair's prefix goes on from it. The last
 token of either sequence predicts nothing and is left out. Nothing is padded. Every place of TRL's [2B, L-1]
 layout that carries a label maps to exactly one *head entry* (hidden state, label); an entry inside the shared
 prefix serves both.
@@ -15,21 +17,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_lora.engine.runs import Run
+
 IGNORED = -100
 """Label of a position that is not scored (the convention of torch and TRL)."""
+
+LEAST_OPENING = 8
+"""Tokens; a shorter opening is not worth the gathering of its keys."""
 
 
 @dataclass(frozen=True)
 class PairPlan:
     """How the pairs of one micro-batch lie in one row. T tokens, B pairs, N head entries, L padded length.
 
-    segments:     per pair the number of (shared, chosen, rejected) positions; host integers, for kernels that
-                  loop.
+    segments:     per pair the number of (shared, chosen, rejected) positions after the opening; host integers,
+                  for kernels that loop.
     input_ids:    [1, T].
     position_ids: [1, T]; the two rests of a pair carry the same positions.
     head_rows:    [N] position in the row whose hidden state predicts the entry's label.
@@ -38,6 +46,7 @@ class PairPlan:
                   there is no label.
     keeps_last:   the last token of each sequence is in the row too. It predicts nothing, but the
                   load-balancing loss of a mixture of experts counts its routing.
+    opening:      positions at the row's begin that belong to every sequence; none of them has a head entry.
     """
 
     segments: tuple[tuple[int, int, int], ...]
@@ -47,6 +56,7 @@ class PairPlan:
     head_labels: Tensor
     slots: Tensor
     keeps_last: bool = False
+    opening: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False, **_: object) -> PairPlan:
         """The same plan with its tensors on `device` (accelerate moves whatever has `.to`)."""
@@ -67,11 +77,26 @@ class PairPlan:
     @property
     def longest(self) -> int:
         """Longest single sequence, in positions: what a sliding window or a position table has to cover."""
-        return max((s + max(c, r) for s, c, r in self.segments), default=0)
+        return self.opening + max((s + max(c, r) for s, c, r in self.segments), default=0)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """What each part of the row sees, in the row's order; none is empty."""
+        opening = (0, self.opening)
+        runs, offset = [Run((), *opening)], self.opening
+        for shared, chosen, rejected in self.segments:
+            # [shared | chosen] lie side by side: one ordinary causal run
+            runs.append(Run((opening,), offset, shared + chosen))
+            runs.append(Run((opening, (offset, shared)), offset + shared + chosen, rejected))
+            offset += shared + chosen + rejected
+        filled = (Run(tuple(piece for piece in run.before if piece[1]), run.first, run.count) for run in runs)
+        return [run for run in filled if run.count]
 
     def token_weights(self) -> Tensor:
-        """[1, T] float: how many of the 2B sequences a row position belongs to (2 in shared prefixes)."""
-        parts = [torch.tensor([2.0, 1.0]).repeat_interleave(torch.tensor([s, c + r])) for s, c, r in self.segments]
+        """[1, T] float: how many of the 2B sequences a row position belongs to (2 in shared prefixes, 2B in the
+        opening)."""
+        parts = [torch.full((self.opening,), 2.0 * len(self.segments))]
+        parts += [torch.tensor([2.0, 1.0]).repeat_interleave(torch.tensor([s, c + r])) for s, c, r in self.segments]
         return torch.cat(parts)[None].to(self.input_ids.device)
 
     def scatter(self, values: Tensor) -> Tensor:
@@ -150,16 +175,18 @@ def _plan(chosen: list, rejected: list, width: int | None, keep_last: bool) -> P
     pairs = len(chosen)
     width = width or max(len(ids) for ids, _ in (*chosen, *rejected))
     slots = np.full((2 * pairs, max(width - 1, 0)), -1, dtype=np.int64)
-    ids_parts, pos_parts, row_parts, label_parts, segments = [], [], [], [], []
-    offset = entries = 0
+    opening = _opening([*chosen, *rejected]) if pairs > 1 else 0
+    ids_parts, pos_parts = [chosen[0][0][:opening]], [np.arange(opening)]
+    row_parts, label_parts, segments = [], [], []
+    offset = entries = 0  # offset: where the pair's sequences would begin, had it an opening of its own
     for i, ((a, a_scored), (b, b_scored)) in enumerate(zip(chosen, rejected, strict=True)):
         a_in, b_in = (a, b) if keep_last else (a[:-1], b[:-1])
         n = min(len(a_in), len(b_in))
         differ = np.flatnonzero(a_in[:n] != b_in[:n])
         shared = int(differ[0]) if len(differ) else n
-        segments.append((shared, len(a_in) - shared, len(b_in) - shared))
-        ids_parts += [a_in, b_in[shared:]]
-        pos_parts += [np.arange(len(a_in)), np.arange(shared, len(b_in))]
+        segments.append((shared - opening, len(a_in) - shared, len(b_in) - shared))
+        ids_parts += [a_in[opening:], b_in[shared:]]
+        pos_parts += [np.arange(opening, len(a_in)), np.arange(shared, len(b_in))]
 
         # `at`: positions t whose next token t+1 is scored
         at = np.flatnonzero(a_scored[1:])
@@ -178,7 +205,7 @@ def _plan(chosen: list, rejected: list, width: int | None, keep_last: bool) -> P
         row_parts.append(offset + np.where(at < shared, at, at + len(a_in) - shared))
         label_parts.append(b[at + 1])
         entries += len(at)
-        offset += len(a_in) + len(b_in) - shared
+        offset += len(a_in) + len(b_in) - shared - opening
     slots[slots < 0] = entries
 
     def flat(parts: list) -> Tensor:
@@ -192,7 +219,18 @@ def _plan(chosen: list, rejected: list, width: int | None, keep_last: bool) -> P
         head_labels=flat(label_parts),
         slots=torch.from_numpy(slots),
         keeps_last=keep_last,
+        opening=opening,
     )
+
+
+def _opening(sides: list) -> int:
+    """Tokens that all sequences (ids, which are scored) begin with, the last of them before any head entry."""
+    common = min(min((len(ids), *np.flatnonzero(scored)[:1])) - 1 for ids, scored in sides)
+    first = sides[0][0]
+    for ids, _ in sides[1:]:
+        differ = np.flatnonzero(ids[: max(common, 0)] != first[: max(common, 0)])
+        common = int(differ[0]) if len(differ) else common
+    return common if common >= LEAST_OPENING else 0
 
 
 class PairCollator:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from trl.trainer.utils import use_adapter
 
-from dpo_lora.engine.batching import TokenBudget
+from dpo_lora.engine.batching import TokenBudget, common_opening
 from dpo_lora.engine.cache_files import LogProbs
 from dpo_lora.engine.forward import PackedForward
 from dpo_lora.engine.head import token_scores
@@ -90,7 +90,8 @@ def reference_pass(packed: PackedForward, budget: TokenBudget) -> Callable[[Sequ
                     values |= zip(batch.pairs, _score(packed, [rows[i] for i in batch.pairs]), strict=True)
             return [values[i] for i in range(len(rows))]
 
-        return budget.run(sizes, step, lambda: None)
+        opening = common_opening([list(ids[:start]) for sides in rows for ids, start in sides])
+        return budget.run(sizes, step, lambda: None, opening)
 
     return compute
 

@@ -3,8 +3,7 @@ serve.
 
 Flash aligns a causal mask at the bottom right when a segment has fewer queries than keys, which is exactly
 what a rest needs: its n queries against [prefix | rest] of s + n keys, query i seeing keys 0 ... s + i. So
-the queries stay where they are, cut in segments (prefix + chosen as one ordinary causal segment, rejected as
-another), and only the keys of rejected segments are gathered behind the prefix.
+the queries stay where they are, cut in the plan's runs, and each run's keys are gathered behind what it sees.
 """
 
 from __future__ import annotations
@@ -43,20 +42,10 @@ def segments_of(plan: PairPlan) -> Segments:
     for known, value in _segments.items():
         if known is key:
             return value
-    queries, keys, rows = [], [], []
-    offset = 0
-    for shared, chosen, rejected in plan.segments:
-        for count, first in ((shared + chosen, offset), (rejected, offset + shared + chosen)):
-            if count == 0:
-                continue
-            queries.append(count)
-            if first == offset:
-                keys.append(count)
-                rows.append(torch.arange(offset, offset + count))
-            else:
-                keys.append(shared + count)
-                rows += [torch.arange(offset, offset + shared), torch.arange(first, first + count)]
-        offset += shared + chosen + rejected
+    queries = [run.count for run in plan.runs]
+    keys = [run.seen + run.count for run in plan.runs]
+    pieces = [piece for run in plan.runs for piece in (*run.before, (run.first, run.count))]
+    rows = [torch.arange(first, first + length) for first, length in pieces]
     device = plan.input_ids.device
 
     def cumulative(lengths: list[int]) -> Tensor:
@@ -143,8 +132,9 @@ _block_masks: WeakKeyDictionary[Tensor, object] = WeakKeyDictionary()
 
 
 def visible_pairs(plan: PairPlan) -> tuple[Tensor, Tensor]:
-    """Per row position: number of its pair [T], and its branch [T] (0 shared, 1 chosen, 2 rejected)."""
-    pair, branch = [], []
+    """Per row position: number of its pair [T] (-1 in the opening), and its branch [T] (0 shared, 1 chosen, 2
+    rejected)."""
+    pair, branch = [-1] * plan.opening, [0] * plan.opening
     for number, segment in enumerate(plan.segments):
         pair += [number] * sum(segment)
         branch += [0] * segment[0] + [1] * segment[1] + [2] * segment[2]
@@ -164,7 +154,7 @@ def flex_pairs(
 
         def visible(b, h, q, k):
             own = (branch[k] == 0) | (branch[k] == branch[q])
-            return (pair[q] == pair[k]) & own & (k <= q)
+            return ((pair[q] == pair[k]) | (pair[k] < 0)) & own & (k <= q)
 
         tokens = plan.tokens
         mask = create_block_mask(visible, None, None, tokens, tokens, device=str(query.device))

@@ -1,0 +1,30 @@
+"""Runs: the parts of a packed row by what they see, the one thing that every attention kernel asks of the plan."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Run(NamedTuple):
+    """Neighbouring queries of the row that see some earlier pieces of it, all of them, and themselves causally.
+
+    before: (first position, length) of each piece, in the order of their positions in the sequence.
+    """
+
+    before: tuple[tuple[int, int], ...]
+    first: int
+    count: int
+
+    @property
+    def seen(self) -> int:
+        """Keys before the run's own."""
+        return sum(length for _, length in self.before)
+
+
+def run_keys(x: Tensor, run: Run, dim: int) -> Tensor:
+    """Keys or values that a run sees, cut from those of the whole row (T along ``dim``): a view where it can be."""
+    own = x.narrow(dim, run.first, run.count)
+    return torch.cat([*(x.narrow(dim, *piece) for piece in run.before), own], dim) if run.before else own
