@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpo_lora.dpo.engines import longest_sequence
-from dpo_lora.dpo.rows import REFERENCE, PairTokens, ReferenceRows, lengths
+from dpo_lora.dpo.rows import REFERENCE, PairTokens, ReferenceRows, SeededOrder, lengths
 from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens
 from harness import CommandLine
 
@@ -38,6 +39,24 @@ def test_reference_sums_stand_beside_their_rows() -> None:
     expected = [{**row, REFERENCE[0]: 2.0 * n, REFERENCE[1]: 2.0 * n + 1} for n, row in enumerate(plain)]
     assert list(rows) == [rows[n] for n in range(3)] == rows.__getitems__([0, 1, 2]) == expected
     assert list(rows.select([2, 0])) == [expected[2], expected[0]]
+
+
+def test_a_row_without_its_reference_is_not_given_out() -> None:
+    rows = ReferenceRows(made(2), np.array([[1.0, 2.0], [np.nan, np.nan]]))
+    assert rows[0][REFERENCE[1]] == 2.0
+    with pytest.raises(AssertionError, match="row 1"):
+        rows[1]
+
+
+def test_the_order_of_an_epoch_is_known_before_it_starts() -> None:
+    order = SeededOrder(50, seed=3)
+    first = list(order)
+    assert sorted(first) == list(range(50))
+    assert order.first(8).tolist() == sorted(first[:8])
+    order.set_epoch(1)
+    assert list(order) not in (first, list(range(50)))
+    assert order.first(8).tolist() == sorted(first[:8])
+    assert list(SeededOrder(50, seed=4)) != first
 
 
 def values(row: Tokens) -> LogProbs:
@@ -85,6 +104,19 @@ def test_keys_that_end_with_zero_bytes_are_told_apart(tmp_path: Path) -> None:
     assert [(place, sorted(rows.tolist())) for place, rows in hits] == [(0, [0, 3])]
     assert wanted.missing().tolist() == [2, 1]
     assert not wanted.complete
+
+
+def test_the_reference_is_asked_for_what_the_steps_take(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    def use(*words: str) -> dict[str, int]:
+        facts: dict[str, Any] = json.loads((cli("train", *tiny_overrides, *words).run / "run.json").read_text())
+        return {**facts["engine"]["reference_cache"], "heldout": facts["data"]["heldout"]["pairs"]}
+
+    first = use("train.max_steps=2")
+    assert first["pairs_computed"] - first["heldout"] == 3 * 4  # four pairs a step, and the loader reads a step ahead
+    longer = use("train.max_steps=3")
+    assert (longer["pairs_found"], longer["pairs_computed"]) == (first["pairs_computed"], 4)
+    epochs = use("train.max_steps=null", "train.epochs=2")
+    assert epochs["pairs_found"] + epochs["pairs_computed"] == 40
 
 
 def arrow_files(folder: Path) -> Iterator[str]:

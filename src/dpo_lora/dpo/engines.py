@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
+from numpy.typing import NDArray
 
 from dpo_lora.dpo.rows import PairTokens, ReferenceRows, lengths
 from dpo_lora.engine.batching import TokenBudget, why_inseparable
@@ -112,13 +113,18 @@ class ReferenceUse:
 
 
 def attach_reference(
-    trainer: PairTrainer, rows: Dataset, weights: str, ld_alpha: float | None
+    trainer: PairTrainer,
+    rows: Dataset,
+    weights: str,
+    ld_alpha: float | None,
+    numbers: NDArray[np.int64] | None = None,
 ) -> tuple[ReferenceRows, ReferenceUse]:
     """``rows`` with the reference's log-probabilities, from the cache or computed into it.
 
     Args:
         weights: fingerprint of the base weights.
         ld_alpha: weight of tokens past the shorter answer, as the loss takes it; None for plain sums.
+        numbers: of the rows that will be asked for, where those are not all.
     """
     assert trainer.engine.packed is not None
     packed, run = trainer.engine.packed, trainer.run
@@ -141,8 +147,10 @@ def attach_reference(
     about = {"base": run.model.name, "weights": weights, "adapter": adapter, "data": run.data.name}
     sums = np.full((len(rows), 2), np.nan)
 
-    def note(number: int, values: LogProbs) -> None:
-        sums[number] = sequence_log_probs(values, ld_alpha)
+    wanted = rows if numbers is None else rows.select(numbers)
 
-    found, made = cache.visit(scope, PairTokens(rows), computed, note, about)
+    def note(number: int, values: LogProbs) -> None:
+        sums[number if numbers is None else numbers[number]] = sequence_log_probs(values, ld_alpha)
+
+    found, made = cache.visit(scope, PairTokens(wanted), computed, note, about)
     return ReferenceRows(rows, sums), ReferenceUse(found, made)

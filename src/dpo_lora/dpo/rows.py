@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from pyarrow import compute
+from torch.utils.data import Sampler
 
 from dpo_lora.engine.reference_cache import Tokens
 
@@ -17,17 +19,41 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's own column names
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-def lengths(rows: Dataset | ReferenceRows) -> NDArray[np.int64]:
+def lengths(rows: Dataset | ReferenceRows) -> NDArray[np.int32]:
     """Tokens of prompt, chosen and rejected, [N, 3]: from the columns' offsets, no token is read."""
     if isinstance(rows, ReferenceRows):
         rows = rows.rows
     table = rows.data.table
-    found = np.stack([compute.list_value_length(table[side]).to_numpy() for side in _SIDES], axis=1)
+    found = np.empty((len(table), len(_SIDES)), dtype=np.int32)
+    for place, side in enumerate(_SIDES):
+        found[:, place] = compute.list_value_length(table[side]).to_numpy()
     # What select() leaves has the whole table and the numbers of its rows. Asking for the rows themselves would copy
     # every token out of the memory map to count them.
-    return (
-        found.astype(np.int64) if rows._indices is None else found[rows._indices.column(0).to_numpy()].astype(np.int64)
-    )
+    return found if rows._indices is None else found[rows._indices.column(0).to_numpy()]
+
+
+class SeededOrder(Sampler[int]):
+    """All row numbers, in an order of each epoch's own that the seed gives: known before training starts."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch comes next; the loader says so."""
+        self.epoch = epoch
+
+    def first(self, rows: int) -> NDArray[np.int64]:
+        """The numbers of the rows that the first epoch begins with, sorted."""
+        return np.sort(self._order(0)[:rows].numpy())
+
+    def __iter__(self) -> Iterator[int]:
+        return map(int, self._order(self.epoch))
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        return torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + epoch))
 
 
 class ReferenceRows:
@@ -39,7 +65,7 @@ class ReferenceRows:
     def __init__(self, rows: Dataset, sums: NDArray[np.float64]):
         """
         Args:
-            sums: [N, 2], log-probability of chosen and rejected.
+            sums: [N, 2], log-probability of chosen and rejected; NaN for rows that nobody will ask for.
         """
         assert sums.shape == (len(rows), 2)
         self.rows, self.sums = rows, sums
@@ -62,7 +88,10 @@ class ReferenceRows:
         return ReferenceRows(self.rows.select(numbers), self.sums[list(numbers)])
 
     def _with_sums(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        return row | dict(zip(REFERENCE, self.sums[number].tolist(), strict=True))
+        sums = self.sums[number]
+        if np.isnan(sums).any():
+            raise AssertionError(f"row {number} was asked for, but its reference was not computed")
+        return row | dict(zip(REFERENCE, sums.tolist(), strict=True))
 
 
 class PairTokens(Sequence[Tokens]):

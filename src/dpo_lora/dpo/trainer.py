@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset
+from numpy.typing import NDArray
 from transformers import PrinterCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -29,9 +30,9 @@ from dpo_lora.dpo.engines import (
     warn_inseparable,
 )
 from dpo_lora.dpo.progress import Progress
-from dpo_lora.dpo.rows import REFERENCE, ReferenceRows
+from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, SeededOrder
 from dpo_lora.dpo.scoring import ExactScoring
-from dpo_lora.engine.batching import MicroBatch, cut, pair_tokens, separable
+from dpo_lora.engine.batching import MicroBatch, common_opening, cut, pair_tokens, separable
 from dpo_lora.evaluation.record import Record
 from dpo_lora.evaluation.sampler import Sampler
 from dpo_lora.evaluation.scores import TIE_PER_TOKEN
@@ -91,13 +92,22 @@ class PairTrainer(ExactScoring):
         if not self.run.train.reference_cache or self.engine.packed is None:
             return
         ld_alpha = self.run.dpo.ld_alpha
-        self.train_dataset, train = attach_reference(self, self.train_dataset, weights, ld_alpha)
+        self.train_dataset, train = attach_reference(self, self.train_dataset, weights, ld_alpha, self._needed_rows())
         self.heldout, heldout = attach_reference(self, self.heldout, weights, None)
         self.precompute_ref_logps = True  # TRL then reads the columns instead of running the reference
         self.reference_use = ReferenceUse(train.found + heldout.found, train.computed + heldout.computed)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset  # preferences/ has done it
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SeededOrder:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return SeededOrder(len(rows), self.run.seed)
+
+    def _needed_rows(self) -> NDArray[np.int64] | None:
+        """Numbers of the rows that training reads, where it ends within the first epoch; None: all of them."""
+        needed = (self.args.max_steps + 1) * self.run.train.pairs_per_step  # the loader reads a step ahead
+        return self._get_train_sampler().first(needed) if needed < len(self.train_dataset) else None
 
     # -- training
 
@@ -145,7 +155,8 @@ class PairTrainer(ExactScoring):
 
         sizes = [pair_tokens(row) for row in rows]
         if separable(self.loss_types, self.aux_loss_enabled):
-            total = self.budget.run(sizes, forward_backward, forget)
+            opening = 0 if self.engine.packed is None else common_opening([row["prompt_ids"] for row in rows])
+            total = self.budget.run(sizes, forward_backward, forget, opening)
         else:  # a loss that looks across pairs sees them all at once, unless micro_batch says otherwise
             total = forward_backward(cut(sizes, None))
         self.progress.pairs += len(rows)

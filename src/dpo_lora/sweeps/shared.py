@@ -26,6 +26,9 @@ def key(settings: dict[str, Any]) -> str:
     data = settings["data"]
     if data["mix"] or data["max_pairs"] is not None or data["max_heldout"] is not None:
         parts["seed"] = settings["seed"]  # it chooses the pairs where only some are kept
+    train = settings["train"]
+    if train["max_steps"] is not None or train["epochs"] < 1:  # the reference is asked for the pairs of these steps
+        parts |= {"seed": settings["seed"], "steps": [train[n] for n in ("max_steps", "epochs", "pairs_per_step")]}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
