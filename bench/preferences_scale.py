@@ -55,15 +55,18 @@ def write(path: Path, count: int) -> None:
 
 
 class Peak(threading.Thread):
-    """Peak memory of a process and its children, in bytes."""
+    """Peak memory of a process and its children, in bytes: all of it by PSS and by RSS, and their own by PSS.
+
+    Their own is what is not a mapped file: pages of a file the kernel takes back when it needs them.
+    """
 
     def __init__(self, process: psutil.Process) -> None:
         super().__init__(daemon=True)
-        self.process, self.pss, self.rss, self.ended = process, 0, 0, threading.Event()
+        self.process, self.pss, self.rss, self.own, self.ended = process, 0, 0, 0, threading.Event()
 
     def run(self) -> None:
         while not self.ended.wait(0.25):
-            pss, rss = 0, 0
+            pss, rss, own = 0, 0, 0
             try:
                 family = [self.process, *self.process.children(recursive=True)]
             except psutil.Error:
@@ -73,8 +76,17 @@ class Peak(threading.Thread):
                     memory = process.memory_full_info()
                 except psutil.Error:
                     continue
-                pss, rss = pss + memory.pss, rss + memory.rss
-            self.pss, self.rss = max(self.pss, pss), max(self.rss, rss)
+                pss, rss, own = pss + memory.pss, rss + memory.rss, own + anonymous(process.pid)
+            self.pss, self.rss, self.own = max(self.pss, pss), max(self.rss, rss), max(self.own, own)
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of a process that no file stands behind, shared ones divided by who shares them; Linux alone tells."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem")))
 
 
 def one(file: Path, model: str) -> None:
@@ -146,7 +158,8 @@ def measured(words: list[str], cache: Path) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(err)
     told = json.loads(out) if "--one" in words else {"run_seconds": round(time.monotonic() - begun, 1)}
-    return told | {"peak_pss_mb": peak.pss // 1_000_000, "peak_rss_mb": peak.rss // 1_000_000}
+    peaks = {"peak_pss_mb": peak.pss, "peak_rss_mb": peak.rss, "peak_own_mb": peak.own}
+    return told | {name: found // 1_000_000 for name, found in peaks.items()}
 
 
 def main() -> None:
