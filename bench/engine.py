@@ -41,7 +41,7 @@ ABLATIONS = {
     "recompute": {"recompute": True},
     "no statistics": {"statistics": ()},
     "no budget (one row)": {"budget": None},
-    "products by BLAS": {"onednn": False},
+    "products by the other library": {"other_products": True},  # oneDNN on Intel's processors, BLAS elsewhere
 }
 
 

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from dpo_lora.engine.forward import PackedForward
 
 
+@contextmanager
+def library(onednn: bool):
+    """The engine's float32 products by oneDNN or by torch's BLAS."""
+    from dpo_lora.engine import products
+
+    before = products.by_onednn
+    products.by_onednn = lambda: onednn
+    try:
+        yield
+    finally:
+        products.by_onednn = before
+
+
 class Bench:
     """One model, one trainer; every variant is a way to make the same optimizer steps with it."""
 
@@ -103,9 +116,12 @@ class Bench:
         with self.checkpointing(False):
             return self.epoch(cut, cached=True)
 
-    def ours(self, cached: bool, budget: int | None = -1, onednn: bool = True, **engine) -> tuple[float, list[float]]:
+    def ours(
+        self, cached: bool, budget: int | None = -1, other_products: bool = False, **engine
+    ) -> tuple[float, list[float]]:
         from dpo_lora.engine.batching import common_opening, cut, pair_tokens
         from dpo_lora.engine.forward import PackedForward
+        from dpo_lora.engine.products import by_onednn
 
         budget = self.budget if budget == -1 else budget
         steps = []
@@ -116,7 +132,7 @@ class Bench:
         packed = PackedForward(self.model, **engine)
         packed.install()
         try:
-            with self.checkpointing(False), torch.backends.mkldnn.flags(enabled=onednn):
+            with self.checkpointing(False), library(by_onednn() is not other_products):
                 spent = 0.0 if cached else self.own_reference(packed)
                 seconds, losses = self.epoch(steps, cached=True)
                 return spent + seconds, losses

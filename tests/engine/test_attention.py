@@ -117,7 +117,8 @@ def test_what_all_pairs_begin_with_is_gathered_for_each():
     s = segments_of(plan)
     assert s.cu_q.tolist() == [0, 8, 13, 17, 21, 23]
     assert s.key_rows.tolist() == [
-        *range(8), *range(8), *range(8, 13), *range(8), 8, 9, *range(13, 17), *range(8), *range(17, 21), *range(8), 21, 22,
+        *range(8), *range(8), *range(8, 13), *range(8), 8, 9,
+        *range(13, 17), *range(8), *range(17, 21), *range(8), 21, 22,
     ]  # fmt: skip
 
 

@@ -62,14 +62,14 @@ def test_a_pair_costs_its_prompt_once():
 
 def test_what_all_pairs_begin_with_costs_once():
     begin = [*range(50, 60)]
-    sides = [((begin + [n, 1, 2], 11), (begin + [n, 3], 11)) for n in range(4)]
+    sides = [(([*begin, n, 1, 2], 11), ([*begin, n, 3], 11)) for n in range(4)]
     plan = plan_pairs(sides)
     assert plan.opening == 10 and plan.segments == ((1, 1, 0),) * 4
     assert plan.tokens == 10 + 4 * 2 and plan.longest == 12
     weights = plan.token_weights()[0]
     assert weights[:10].tolist() == [8.0] * 10 and weights[10:].tolist() == [2.0, 1.0] * 4
     assert plan_pairs(sides[:1]).opening == 0, "one pair has its prompt once anyway"
-    assert plan_pairs([*sides, ((begin[:5] + [1, 2], 5), (begin[:5] + [3, 4], 5))]).opening == 0, "five are too few"
+    assert plan_pairs([*sides, (([*begin[:5], 1, 2], 5), ([*begin[:5], 3, 4], 5))]).opening == 0, "five are too few"
 
 
 def test_same_first_answer_tokens_are_scored_once():
