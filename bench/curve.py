@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = make_rows(WORKLOADS[args.workload], PAIRS * args.steps, SHAPES[args.shape]["vocab_size"])
-    bench = Bench(args.shape, rows, "cpu", torch.float32, 640, pairs_per_step=PAIRS)
+    bench = Bench(args.shape, rows, "cpu", torch.float32, 1280, pairs_per_step=PAIRS)
     ours, ours_end = bench.ours(False)[1], bench.adapter()
     with bench.checkpointing(False):
         stock = bench.epoch([[step] for step in bench.steps()], cached=False)[1]

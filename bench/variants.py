@@ -141,7 +141,7 @@ class Bench:
 
     def own_reference(self, packed: PackedForward) -> float:
         """The engine's reference pass over all rows, as a run with an empty cache makes it; seconds it took."""
-        from dpo_lora.dpo.engines import CPU_REFERENCE_TOKENS, GPU_TOKENS
+        from dpo_lora.dpo.engines import CPU_TOKENS, GPU_TOKENS
         from dpo_lora.engine.batching import TokenBudget
         from dpo_lora.engine.reference_cache import sequence_log_probs
         from dpo_lora.engine.reference_pass import reference_pass
@@ -151,7 +151,7 @@ class Bench:
             for row in self.rows
         ]
         began = self.now()
-        compute = reference_pass(packed, TokenBudget(*(GPU_TOKENS if self.device == "cuda" else CPU_REFERENCE_TOKENS)))
+        compute = reference_pass(packed, TokenBudget(*(GPU_TOKENS if self.device == "cuda" else CPU_TOKENS)))
         for row, values in zip(self.rows, compute(tokens), strict=True):
             row["ref_chosen_logps"], row["ref_rejected_logps"] = map(float, sequence_log_probs(values, None))
         return self.now() - began

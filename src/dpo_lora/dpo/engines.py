@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Tokens in memory at a time to start from and to grow to. On a CPU matrix products gain nothing past some
-# hundred rows while buffers leave the cache (measured: 640 to train, 1280 where nothing is kept for a backward
-# pass); a GPU is filled until it refuses.
-CPU_TOKENS = (640, 640)
-CPU_REFERENCE_TOKENS = (1280, 1280)
+# hundred rows while buffers leave the cache (measured: docs/performance.md); a GPU is filled until it refuses.
+CPU_TOKENS = (1280, 1280)
 GPU_TOKENS = (4096, 65536)
 
 
@@ -80,9 +78,9 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     return EngineChoice(packed, None, verdict.difference)
 
 
-def token_budget(run: RunSettings, on_cpu: bool, cpu_tokens: tuple[int, int] = CPU_TOKENS) -> TokenBudget:
+def token_budget(run: RunSettings, on_cpu: bool) -> TokenBudget:
     """What ``train.tokens_per_batch`` allows; found by trying for auto, halved at most on out-of-memory otherwise."""
-    start, ceiling = cpu_tokens if on_cpu else GPU_TOKENS
+    start, ceiling = CPU_TOKENS if on_cpu else GPU_TOKENS
     if run.train.tokens_per_batch != "auto":
         start = ceiling = int(run.train.tokens_per_batch)
     return TokenBudget(start, ceiling, floor=1)
@@ -137,7 +135,7 @@ def attach_reference(
         device=trainer.args.device.type,
     )
     cache = ReferenceCache(reference_folder(), int(run.train.reference_cache_gb * 1e9))
-    budget = token_budget(run, trainer.args.device.type == "cpu", CPU_REFERENCE_TOKENS)
+    budget = token_budget(run, trainer.args.device.type == "cpu")
     compute = reference_pass(packed, budget)
 
     def computed(part: list[Tokens]) -> list[LogProbs]:
