@@ -3,10 +3,10 @@
     python bench/sweeps/kill_parent.py [--kills 10] [--seed 0] [--out FILE.json] [-- OVERRIDES ...]
 
 The moments are drawn over the sweep's work, one from each tenth of it: a kill falls due once so many steps
-of all trials are in their metrics (for most kills, one since the last start), plus up to half a trial's
-length. Writes one JSON object: the moments, orphans seen two seconds after each kill, and whether the final
-tables (every column but times, speeds and memory) and the adapters' bytes are equal. Without overrides it is
-six short trials of the embedded model, some ten minutes on two cores.
+of all trials are in their metrics (for most kills, one since the last start; the last trials' steps are left for
+the end), plus up to a quarter of a trial's length. Writes one JSON object: the moments, orphans seen two seconds
+after each kill, and whether the final tables (every column but times, speeds and memory) and the adapters' bytes are
+equal. Without overrides it is six short trials of the embedded model, some ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -51,17 +51,18 @@ def main() -> None:
         calm, rough = Path(scratch, "calm"), Path(scratch, "rough")
         subprocess.run(_command(options.overrides, calm), check=True, stdout=subprocess.DEVNULL)
         work = _steps(calm)
+        last = work - work / len(_table(calm))  # from here on the sweep may be through before a kill falls due
         usual = statistics.median(json.loads(f.read_text())["seconds"] for f in calm.glob("*/*/outcome.json"))
         kills = []
         for number in range(options.kills):
-            due = work * (number + chance.random()) / options.kills
+            due = min(work * (number + chance.random()) / options.kills, last)
             if chance.random() < _TRAINING:
                 due = max(due, _steps(rough) + 1)  # not before some trial trains again
             process = subprocess.Popen(_command(options.overrides, rough), stdout=subprocess.DEVNULL)
             begun, before = time.monotonic(), _steps(rough)
             while _steps(rough) < due and process.poll() is None:
                 time.sleep(0.02)
-            time.sleep(chance.uniform(0.0, usual / 2))
+            time.sleep(chance.uniform(0.0, usual / 4))
             if process.poll() is not None:
                 break  # through; it was killed as often as it could be
             steps = {"due_at_step": round(due, 1), "steps_before": before, "steps_done": _steps(rough)}

@@ -58,11 +58,10 @@ def test_the_cut_does_not_change_the_result(cli: CommandLine, tiny_overrides: li
 
 def test_a_second_run_asks_the_reference_nothing(cli: CommandLine, tiny_overrides: list[str]) -> None:
     """Another rank, beta and learning rate on the same data and base: every log-probability is found."""
-    words = [*tiny_overrides, "train.max_steps=null", "train.epochs=1"]
-    first = RunDir(cli("train", *words).run).manifest()["engine"]["reference_cache"]
+    first = RunDir(cli("train", *tiny_overrides).run).manifest()["engine"]["reference_cache"]
     assert first["pairs_found"] == 0
     assert first["pairs_computed"] > 30
-    again = cli("train", *words, "lora.r=4", "dpo.beta=0.3", "dpo=ipo", "seed=3", *FAST).run
+    again = cli("train", *tiny_overrides, "lora.r=4", "dpo.beta=0.3", "dpo=ipo", "seed=3", *FAST).run
     assert RunDir(again).manifest()["engine"]["reference_cache"] == {
         "pairs_found": first["pairs_computed"],
         "pairs_computed": 0,
@@ -88,7 +87,7 @@ def test_a_parents_reference_is_not_the_bases(cli: CommandLine, tiny_overrides: 
     second = cli("train", *tiny_overrides, f"parent={first}").run
     facts = RunDir(second).manifest()["engine"]["reference_cache"]
     assert facts["pairs_found"] == 0
-    assert facts["pairs_computed"] > 20
+    assert facts["pairs_computed"] > 30
 
 
 def test_a_broken_cache_file_is_noticed_and_built_again(

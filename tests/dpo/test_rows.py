@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from dpo_lora.dpo.engines import longest_sequence
-from dpo_lora.dpo.rows import REFERENCE, PairTokens, ReferenceRows, SeededOrder, lengths
+from dpo_lora.dpo.rows import REFERENCE, PairTokens, ReferenceRows, SeededOrder, lengths, rows_read
 from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens
-from harness import CommandLine
+from harness import CommandLine, make_pair
 
 
 def made(count: int) -> datasets.Dataset:
@@ -42,10 +42,18 @@ def test_reference_sums_stand_beside_their_rows() -> None:
 
 
 def test_a_row_without_its_reference_is_not_given_out() -> None:
-    rows = ReferenceRows(made(2), np.array([[1.0, 2.0], [np.nan, np.nan]]))
-    assert rows[0][REFERENCE[1]] == 2.0
-    with pytest.raises(AssertionError, match="row 1"):
-        rows[1]
+    rows = ReferenceRows(made(2), np.array([[1.0, np.nan], [0.0, 0.0]]), np.array([True, False]))
+    assert rows[0][REFERENCE[0]] == 1.0
+    for ask in (lambda: rows[1], lambda: list(rows), lambda: rows.select([1])[0]):
+        with pytest.raises(AssertionError, match="was not computed"):
+            ask()
+
+
+def test_a_short_training_on_many_pairs_reads_few_of_them() -> None:
+    few = rows_read(1000, seed=3, steps=4, pairs_per_step=8)
+    assert few.tolist() == sorted(list(SeededOrder(1000, 3))[: 5 * 8])
+    assert rows_read(600, seed=3, steps=4, pairs_per_step=8).tolist() == list(range(600)), "not few enough"
+    assert rows_read(5, seed=0, steps=100, pairs_per_step=2).tolist() == list(range(5))
 
 
 def test_the_order_of_an_epoch_is_known_before_it_starts() -> None:
@@ -106,17 +114,32 @@ def test_keys_that_end_with_zero_bytes_are_told_apart(tmp_path: Path) -> None:
     assert not wanted.complete
 
 
-def test_the_reference_is_asked_for_what_the_steps_take(cli: CommandLine, tiny_overrides: list[str]) -> None:
-    def use(*words: str) -> dict[str, int]:
-        facts: dict[str, Any] = json.loads((cli("train", *tiny_overrides, *words).run / "run.json").read_text())
-        return {**facts["engine"]["reference_cache"], "heldout": facts["data"]["heldout"]["pairs"]}
+@pytest.fixture
+def many_pairs(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
+    """The tiny command line over pairs of which its steps read few."""
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps(make_pair(n)) + "\n" for n in range(480)), encoding="utf-8")
+    return [*tiny_overrides, f"data.path={file}", "data.max_heldout=8", "eval.samples=0", "eval.report=false"]
 
-    first = use("train.max_steps=2")
-    assert first["pairs_computed"] - first["heldout"] == 3 * 4  # four pairs a step, and the loader reads a step ahead
-    longer = use("train.max_steps=3")
-    assert (longer["pairs_found"], longer["pairs_computed"]) == (first["pairs_computed"], 4)
-    epochs = use("train.max_steps=null", "train.epochs=2")
-    assert epochs["pairs_found"] + epochs["pairs_computed"] == 40
+
+def computed(run: Path) -> int:
+    facts: dict[str, Any] = json.loads((run / "run.json").read_text())["engine"]["reference_cache"]
+    return int(facts["pairs_computed"])
+
+
+def test_the_reference_is_asked_for_what_the_steps_read(cli: CommandLine, many_pairs: list[str]) -> None:
+    assert computed(cli("train", *many_pairs, "train.max_steps=2").run) == 8 + 3 * 4  # held out, four pairs a step
+    assert computed(cli("train", *many_pairs, "train.max_steps=3").run) == 4
+    assert computed(cli("train", *many_pairs, "train.max_steps=null", "train.epochs=1").run) > 300
+
+
+def test_a_sweep_over_seeds_prepares_the_pairs_of_each(cli: CommandLine, many_pairs: list[str], tmp_path: Path) -> None:
+    words = [*many_pairs, "train.max_steps=1", "train.save_every=0", "seed=1,2,3"]
+    words = [w for w in words if not w.startswith("data.max_heldout")]  # it would choose other pairs for each seed
+    done = cli("train", "-m", *words, "sweep.slots=1")
+    assert done.code == 0, done.err
+    runs = [*(tmp_path / "outputs").glob("*-sweep-*/" + "[0-9a-f]" * 16)]
+    assert [computed(run) for run in runs] == [0, 0, 0]
 
 
 def arrow_files(folder: Path) -> Iterator[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dpo_lora.engine import flash_attention
 from dpo_lora.engine.attention import KERNELS
 from dpo_lora.engine.packing import PairPlan, plan_pairs
 from dpo_lora.engine.varlen_attention import (
@@ -67,6 +68,24 @@ def test_forward_and_backward(kernel, softcap, segments, opening):
         results.append([out, *(x.grad for x in tensors)])
     for ours, expected in zip(*results, strict=True):
         assert torch.allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("segments, opening", ALL, ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_the_layers_own_attention(dtype, tolerance, segments, opening):
+    plan = plan_of(*segments, opening=opening)
+    tensors = [x.detach().to(dtype).requires_grad_() for x in inputs(plan)]
+    expected = dense(*tensors, plan, 0.3, None)[0]
+    torch.manual_seed(1)
+    upstream = torch.randn(expected.shape, dtype=dtype)
+    expected.backward(upstream)
+    q, k, v = (x.detach()[0].transpose(0, 1).contiguous() for x in tensors)
+    out, levels = flash_attention.attend(q, k, v, plan, 0.3)
+    assert torch.allclose(out, expected, atol=tolerance)
+    grads = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    flash_attention.attend_backward(upstream, q, k, v, out, levels, plan, 0.3, grads)
+    for ours, right in zip(grads, tensors, strict=True):
+        assert torch.allclose(ours, right.grad[0].transpose(0, 1), atol=tolerance)
 
 
 @pytest.mark.parametrize("segments, opening", ALL, ids=str)

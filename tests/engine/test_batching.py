@@ -129,10 +129,10 @@ def test_a_common_opening_counts_once_a_row():
     assert common_opening([*prompts, [9, 9]]) == 0 == common_opening(prompts[:1]) == common_opening([])
     assert common_opening([[*range(5), n] for n in range(3)]) == 0, "too short to be worth it"
     seen = []
-    budget = TokenBudget(start=50, ceiling=50, floor=1)
+    budget = TokenBudget(start=53, ceiling=53, floor=1)
     budget.run([30] * 6, lambda cuts: seen.append([c.pairs for c in cuts]), lambda: None, opening=20)
     budget.run([30] * 6, lambda cuts: seen.append([c.pairs for c in cuts]), lambda: None)
-    assert [len(cuts) for cuts in seen] == [2, 6], "20 + 3 * 10 tokens fit, 2 * 30 do not"
+    assert [len(cuts) for cuts in seen] == [2, 6], "20 + 3 * 10 tokens fit, with keys for each pair; 2 * 30 do not"
 
 
 def test_budget_grows_to_its_ceiling_and_reports_the_impossible():

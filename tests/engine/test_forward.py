@@ -79,7 +79,8 @@ def test_pairs_that_begin_alike_are_cut_as_stock_cuts_them(options, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("engine", [{"layers": "plain"}, {"recompute": True}], ids=str)
-def test_layers_by_hand_and_plain(name, engine, tmp_path):
+@pytest.mark.parametrize("opening", [0, 15])
+def test_layers_by_hand_and_plain(opening, name, engine, tmp_path):
     base = worlds.model(name)
     assert read_layers(base.base_model.requires_grad_(False)) is not None
-    compare(base, worlds.pairs(4, opening=15), tmp_path, engine=engine)
+    compare(base, worlds.pairs(4, opening=opening), tmp_path, engine=engine)

@@ -32,13 +32,13 @@ def pairs(count: int, seed: int = 0, longest: int = 12, opening: int = 0) -> lis
 
     rows = []
     for i in range(count):
-        opening = words(rng.randrange(0, 3)) if i % 2 else []
+        alike = words(rng.randrange(0, 3)) if i % 2 else []
         prompt = words(1 if i == 1 else rng.randrange(2, longest))
         rows.append(
             {
                 "prompt_ids": begin + prompt,
-                "chosen_ids": opening + words(rng.randrange(1, longest)),
-                "rejected_ids": opening + words(rng.randrange(1, longest)),
+                "chosen_ids": alike + words(rng.randrange(1, longest)),
+                "rejected_ids": alike + words(rng.randrange(1, longest)),
             }
         )
     return rows

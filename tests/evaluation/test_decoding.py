@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_lora.dpo.engines import EngineChoice
+from dpo_lora.engine.continuing import CachedSteps
 from dpo_lora.evaluation import samples
 from dpo_lora.evaluation.decoding import continuations, token_logps
 from dpo_lora.evaluation.samples import Prompt
@@ -74,9 +76,16 @@ def test_policy_and_reference_answer_the_same_together_and_one_by_one(
     wanted = [Prompt(str(n), [{"role": "user", "content": "Why? " * n}], None) for n in (1, 7)]
     assert (trainer.adapter_names() is None) == ("true" in lora), "PEFT does not mix DoRA"
     settings = trainer.run.eval
+    steps: list[int] = []
+    read_on = CachedSteps.__call__
+    monkeypatch.setattr(CachedSteps, "__call__", lambda *given: (steps.append(1), read_on(*given))[1])
     together = samples.take(trainer, tokenizer, wanted, settings, seed=3)
     monkeypatch.setattr(trainer, "adapter_names", lambda: None)
+    assert steps and trainer.engine.packed is not None, "by the engine's layers; of DoRA the reference alone"
+    monkeypatch.setattr(trainer, "engine", EngineChoice(None, "for once", None))
+    steps.clear()
     apart = samples.take(trainer, tokenizer, wanted, settings, seed=3)
+    assert not steps
     assert any(row["policy"]["text"] != row["reference"]["text"] for row in apart)
     for a, b in zip(together, apart, strict=True):
         assert a["kl"] == (None if b["kl"] is None else pytest.approx(b["kl"], rel=1e-3, abs=1e-4))

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from tests.engine import worlds
-from tests.engine.test_attention import PLANS, dense, plan_of
+from tests.engine.test_attention import ALL, dense, plan_of
 
 from dpo_lora.engine.attention import KERNELS, default_kernel
 from dpo_lora.engine.batching import TokenBudget
@@ -28,7 +28,7 @@ def inputs(plan, dtype):
     return [torch.randn(shape, device=DEVICE).to(dtype).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("segments", PLANS, ids=str)
+@pytest.mark.parametrize(("segments", "opening"), ALL, ids=str)
 @pytest.mark.parametrize(
     ("kernel", "dtype", "softcap", "tolerance"),
     [
@@ -38,8 +38,8 @@ def inputs(plan, dtype):
         ("flex", torch.float32, 2.0, 5e-3),
     ],
 )
-def test_kernels_forward_and_backward(kernel, dtype, softcap, tolerance, segments):
-    plan = plan_of(*segments).to(DEVICE)
+def test_kernels_forward_and_backward(kernel, dtype, softcap, tolerance, segments, opening):
+    plan = plan_of(*segments, opening=opening).to(DEVICE)
     tensors = inputs(plan, dtype)
     exact = [x.detach().double().cpu().requires_grad_() for x in tensors]
     out = KERNELS[kernel](*tensors, plan, 0.125, softcap)
@@ -58,9 +58,9 @@ def step(trainer, batch):
     return loss.detach().double().cpu(), worlds.gradients(trainer.model).double().cpu()
 
 
-def stock_and_packed(tmp_path, dtype):
+def stock_and_packed(tmp_path, dtype, opening=0):
     """(loss, gradients) of stock and of packed, from the same weights in `dtype`."""
-    rows = worlds.pairs(6, longest=40)
+    rows = worlds.pairs(6, longest=40, opening=opening)
     base = worlds.model("llama", max_position_embeddings=256).to(dtype)
     trainer = worlds.trainer(base, rows, tmp_path, use_cpu=False)
     batch = {k: v.to(DEVICE) for k, v in trainer.data_collator(rows).items()}

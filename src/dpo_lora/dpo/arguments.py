@@ -11,7 +11,12 @@ from transformers.training_args import OptimizerNames
 
 from dpo_lora.device import Machine
 from dpo_lora.errors import UserError, nearest
-from dpo_lora.schema import RunSettings
+from dpo_lora.schema import RunSettings, TrainSettings
+
+
+def optimizer_steps(train: TrainSettings, training_pairs: int) -> int:
+    """Steps that these settings make over so many pairs."""
+    return train.max_steps or math.floor(train.epochs * (training_pairs // train.pairs_per_step))
 
 
 def arguments(run: RunSettings, machine: Machine, folder: Path, training_pairs: int) -> trl.DPOConfig:
@@ -36,7 +41,7 @@ def arguments(run: RunSettings, machine: Machine, folder: Path, training_pairs: 
             f"train.optimizer={train.optimizer} is unknown.{nearest(train.optimizer, optimizers)} "
             f"There are: {', '.join(optimizers)}."
         )
-    steps = train.max_steps or math.floor(train.epochs * (training_pairs // train.pairs_per_step))
+    steps = optimizer_steps(train, training_pairs)
     if steps < 1:
         raise UserError(f"train.epochs={train.epochs} over {training_pairs} pairs is less than one optimizer step.")
     config = trl.DPOConfig(
@@ -70,7 +75,6 @@ def arguments(run: RunSettings, machine: Machine, folder: Path, training_pairs: 
         use_cpu=machine.device.type == "cpu",
         bf16=machine.dtype is torch.bfloat16,
         seed=run.seed,
-        data_seed=run.seed,
         # What it says and keeps: our own callbacks do the talking
         report_to="none",
         disable_tqdm=True,

@@ -57,9 +57,7 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     train = trainer.run.train
     if train.engine is Engine.stock:
         return EngineChoice(None, "train.engine=stock", None)
-    # Pairs shorter than most: what length alone decides the architecture's facts say, and every trial pays for this.
-    order = np.argsort(lengths(trainer.train_dataset).sum(axis=1), kind="stable")
-    rows = [trainer.train_dataset[int(i)] for i in order[len(order) // 10 :][:2]]
+    rows = [_beginning(trainer.train_dataset[i]) for i in range(min(2, len(trainer.train_dataset)))]
     longest = max(longest_sequence(trainer.train_dataset), longest_sequence(trainer.heldout))
     kernel = None if train.attention == "auto" else train.attention
     with trainer.accelerator.autocast():
@@ -76,6 +74,14 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     packed.install()
     log.info("Pair packing: attention %s; probe differs by %.1e from stock.", packed.kernel, verdict.difference)
     return EngineChoice(packed, None, verdict.difference)
+
+
+def _beginning(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair's first words: what length alone decides the facts say, and every trial pays for the probe."""
+    chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+    alike = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+    cuts = {"prompt_ids": 48, "chosen_ids": alike + 32, "rejected_ids": alike + 32}
+    return {**row, **{side: row[side][:tokens] for side, tokens in cuts.items()}}
 
 
 def token_budget(run: RunSettings, on_cpu: bool) -> TokenBudget:
@@ -115,14 +121,14 @@ def attach_reference(
     rows: Dataset,
     weights: str,
     ld_alpha: float | None,
-    numbers: NDArray[np.int64] | None = None,
+    numbers: NDArray[np.int64],
 ) -> tuple[ReferenceRows, ReferenceUse]:
     """``rows`` with the reference's log-probabilities, from the cache or computed into it.
 
     Args:
         weights: fingerprint of the base weights.
         ld_alpha: weight of tokens past the shorter answer, as the loss takes it; None for plain sums.
-        numbers: of the rows that will be asked for, where those are not all.
+        numbers: of the rows that will be asked for.
     """
     assert trainer.engine.packed is not None
     packed, run = trainer.engine.packed, trainer.run
@@ -145,10 +151,12 @@ def attach_reference(
     about = {"base": run.model.name, "weights": weights, "adapter": adapter, "data": run.data.name}
     sums = np.full((len(rows), 2), np.nan)
 
-    wanted = rows if numbers is None else rows.select(numbers)
+    known = np.zeros(len(rows), dtype=bool)
+    known[numbers] = True
 
     def note(number: int, values: LogProbs) -> None:
-        sums[number if numbers is None else numbers[number]] = sequence_log_probs(values, ld_alpha)
+        sums[numbers[number]] = sequence_log_probs(values, ld_alpha)
 
+    wanted = rows if known.all() else rows.select(numbers)
     found, made = cache.visit(scope, PairTokens(wanted), computed, note, about)
-    return ReferenceRows(rows, sums), ReferenceUse(found, made)
+    return ReferenceRows(rows, sums, known), ReferenceUse(found, made)

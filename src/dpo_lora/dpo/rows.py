@@ -16,6 +16,8 @@ from dpo_lora.engine.reference_cache import Tokens
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's own column names
 
+_FEW = 16  # a sixteenth of the rows is few
+
 _SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -45,9 +47,9 @@ class SeededOrder(Sampler[int]):
         """Which epoch comes next; the loader says so."""
         self.epoch = epoch
 
-    def first(self, rows: int) -> NDArray[np.int64]:
-        """The numbers of the rows that the first epoch begins with, sorted."""
-        return np.sort(self._order(0)[:rows].numpy())
+    def first(self, count: int) -> NDArray[np.int64]:
+        """The numbers of the first ``count`` rows of the first epoch, sorted."""
+        return np.sort(self._order(0)[:count].numpy())
 
     def __iter__(self) -> Iterator[int]:
         return map(int, self._order(self.epoch))
@@ -56,19 +58,31 @@ class SeededOrder(Sampler[int]):
         return torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + epoch))
 
 
+def rows_read(count: int, seed: int, steps: int, pairs_per_step: int) -> NDArray[np.int64]:
+    """Numbers, sorted, of the rows that training reads out of ``count``; all of them where it reads more than a few.
+
+    Log-probabilities differ in their last bits with the rows that are computed beside them, so runs over the same pairs
+    should ask for the same rows; only a small share of many is worth its own choice.
+    """
+    needed = (steps + 1) * pairs_per_step  # the loader, in this process, reads a step ahead
+    return SeededOrder(count, seed).first(needed) if needed * _FEW <= count else np.arange(count)
+
+
 class ReferenceRows:
     """Rows with the reference's log-probabilities beside them, which the rows on the disk do not have.
 
     Columns added to a :class:`datasets.Dataset` that was selected from another are a copy of it on the disk.
     """
 
-    def __init__(self, rows: Dataset, sums: NDArray[np.float64]):
+    def __init__(self, rows: Dataset, sums: NDArray[np.float64], known: NDArray[np.bool_] | None = None):
         """
         Args:
-            sums: [N, 2], log-probability of chosen and rejected; NaN for rows that nobody will ask for.
+            sums: [N, 2], log-probability of chosen and rejected.
+            known: [N], false for rows that nobody will ask for; None: all are known.
         """
         assert sums.shape == (len(rows), 2)
         self.rows, self.sums = rows, sums
+        self.known = np.ones(len(rows), dtype=bool) if known is None else known
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,13 +99,12 @@ class ReferenceRows:
 
     def select(self, numbers: Sequence[int]) -> ReferenceRows:
         """The same with these rows only."""
-        return ReferenceRows(self.rows.select(numbers), self.sums[list(numbers)])
+        chosen = list(numbers)
+        return ReferenceRows(self.rows.select(numbers), self.sums[chosen], self.known[chosen])
 
     def _with_sums(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        sums = self.sums[number]
-        if np.isnan(sums).any():
-            raise AssertionError(f"row {number} was asked for, but its reference was not computed")
-        return row | dict(zip(REFERENCE, sums.tolist(), strict=True))
+        assert self.known[number], f"row {number} was asked for, but its reference was not computed"
+        return row | dict(zip(REFERENCE, self.sums[number].tolist(), strict=True))
 
 
 class PairTokens(Sequence[Tokens]):

@@ -30,7 +30,7 @@ from dpo_lora.dpo.engines import (
     warn_inseparable,
 )
 from dpo_lora.dpo.progress import Progress
-from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, SeededOrder
+from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, SeededOrder, rows_read
 from dpo_lora.dpo.scoring import ExactScoring
 from dpo_lora.engine.batching import MicroBatch, common_opening, cut, pair_tokens, separable
 from dpo_lora.evaluation.record import Record
@@ -83,17 +83,21 @@ class PairTrainer(ExactScoring):
         warn_inseparable(run)
         self.remove_callback(PrinterCallback)  # prints every log row; ProgressLine speaks for us
 
-    def prepare_reference(self, weights: str) -> None:
+    def prepare_reference(self, weights: str, rows: NDArray[np.int64] | None = None) -> None:
         """Take the reference's log-probabilities from the cache, where settings and engine allow.
 
         Args:
             weights: fingerprint of the base weights.
+            rows: numbers of the training rows to do it for; None: those that training will read.
         """
         if not self.run.train.reference_cache or self.engine.packed is None:
             return
         ld_alpha = self.run.dpo.ld_alpha
-        self.train_dataset, train = attach_reference(self, self.train_dataset, weights, ld_alpha, self._needed_rows())
-        self.heldout, heldout = attach_reference(self, self.heldout, weights, None)
+        count = len(self.train_dataset)
+        if rows is None:
+            rows = rows_read(count, self.run.seed, self.args.max_steps, self.run.train.pairs_per_step)
+        self.train_dataset, train = attach_reference(self, self.train_dataset, weights, ld_alpha, rows)
+        self.heldout, heldout = attach_reference(self, self.heldout, weights, None, np.arange(len(self.heldout)))
         self.precompute_ref_logps = True  # TRL then reads the columns instead of running the reference
         self.reference_use = ReferenceUse(train.found + heldout.found, train.computed + heldout.computed)
 
@@ -103,11 +107,6 @@ class PairTrainer(ExactScoring):
     def _get_train_sampler(self, train_dataset: Any = None) -> SeededOrder:
         rows = self.train_dataset if train_dataset is None else train_dataset
         return SeededOrder(len(rows), self.run.seed)
-
-    def _needed_rows(self) -> NDArray[np.int64] | None:
-        """Numbers of the rows that training reads, where it ends within the first epoch; None: all of them."""
-        needed = (self.args.max_steps + 1) * self.run.train.pairs_per_step  # the loader reads a step ahead
-        return self._get_train_sampler().first(needed) if needed < len(self.train_dataset) else None
 
     # -- training
 

@@ -1,8 +1,8 @@
 """Attention inside pairs, through transformers' public attention and mask interfaces.
 
 `attach(model, kernel)` sets the model's attention to "dpo_pairs_<kernel>". The mask function hands the
-current `PairPlan` to the layers in the place of a mask; the attention function computes, per pair, the shared
-prefix causally and each rest against [prefix | rest]. A call outside a packed forward (generation, stock
+current `PairPlan` to the layers in the place of a mask; the attention function computes each of the plan's
+runs against what it sees and itself. A call outside a packed forward (generation, stock
 evaluation) goes to the attention the model had before.
 """
 
@@ -41,7 +41,7 @@ def packed_rows(plan: PairPlan) -> Iterator[None]:
 def sdpa_pairs(
     query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by torch's SDPA, two calls a pair."""
+    """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by torch's SDPA, a call for each run."""
     if softcap is not None:
         raise ValueError("torch SDPA has no logit soft-capping; use the kernel 'block' or 'flex'")
     gqa = query.shape[1] != key.shape[1]

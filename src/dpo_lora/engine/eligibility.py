@@ -1,4 +1,4 @@
-"""May this model be scored by packed rows? Facts of the architecture first, then a proof on two real pairs.
+"""May this model be scored by packed rows? Facts of the architecture first, then a proof on real pairs.
 
 Every answer of "no" is one line for people: what stands in the way. The caller then takes the stock path and
 says so.

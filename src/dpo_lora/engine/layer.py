@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_lora.engine.block_attention import attend, attend_backward
+from dpo_lora.engine.flash_attention import attend, attend_backward
 from dpo_lora.engine.lowrank import Projection, project, project_backward
 from dpo_lora.engine.packing import PairPlan
 
@@ -102,7 +102,8 @@ def _forward(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan):
     q, k, v = _heads(qkv, parts)
     for rotated in (q, k):
         rotation.turn(rotated, 1.0)
-    attended = attend(q, k, v, plan, parts.scale, None).view(len(x), -1)
+    attended, levels = attend(q, k, v, plan, parts.scale)
+    attended = attended.view(len(x), -1)
     [middle], low_out = project(attended, (parts.output,), start=x)
     normed, inverse2 = normalise(middle, parts.mlp_norm, parts.epsilon)
     (gate, up), low_gate_up = project(normed, parts.gate_up)
@@ -110,11 +111,11 @@ def _forward(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan):
     [out], low_down = project(active, (parts.down,), start=middle)
     empty = x.new_empty(0)
     lows = (empty if low is None else low for low in (low_qkv, low_out, low_gate_up, low_down))
-    return out, (inverse1, *qkv, attended, middle, inverse2, gate, up, *lows)
+    return out, (inverse1, *qkv, attended, levels, middle, inverse2, gate, up, *lows)
 
 
 def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPlan, need_input: bool):
-    inverse1, *qkv, attended, middle, inverse2, gate, up, low_qkv, low_out, low_gate_up, low_down = kept
+    inverse1, *qkv, attended, levels, middle, inverse2, gate, up, low_qkv, low_out, low_gate_up, low_down = kept
     low_qkv, low_out, low_gate_up, low_down = (
         low if low.numel() else None for low in (low_qkv, low_out, low_gate_up, low_down)
     )
@@ -133,7 +134,7 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     d_qkv = [torch.empty_like(each) for each in qkv]
     q, k, v = _heads(qkv, parts)
     into = _heads(d_qkv, parts)
-    attend_backward(d_attended.view(q.shape), q, k, v, attended.view(q.shape), plan, parts.scale, None, into)
+    attend_backward(d_attended.view(q.shape), q, k, v, attended.view(q.shape), levels, plan, parts.scale, into)
     for rotated in into[:2]:
         rotation.turn(rotated, -1.0)
     normed = (x * inverse1).mul_(parts.attention_norm)

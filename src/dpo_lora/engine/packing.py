@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,11 @@ class PairPlan:
             offset += shared + chosen + rejected
         filled = (Run(tuple(piece for piece in run.before if piece[1]), run.first, run.count) for run in runs)
         return [run for run in filled if run.count]
+
+    @cached_property
+    def notes(self) -> dict[str, Any]:
+        """What a kernel has worked out of the plan, for all layers and both passes; it goes with the plan."""
+        return {}
 
     def token_weights(self) -> Tensor:
         """[1, T] float: how many of the 2B sequences a row position belongs to (2 in shared prefixes, 2B in the

@@ -1,10 +1,10 @@
 """Matrix products of the pair engine: in float32 on a CPU by the library that is faster there, else by torch's BLAS.
 
-Torch gives float32 products to its BLAS (MKL in the Linux wheels), which is fastest on Intel's processors, and on
-those alone: on others oneDNN, whose kernels are in the same wheel, uses AVX-512 where MKL does not, and meets at one
-barrier a product, which matters where cores are shared. bench/results say what it gives. Which one is used follows
-from the processor alone, so that a run repeats bit for bit. The weights stay as they lie; packing them ahead would
-keep each a second time.
+Torch gives float32 products to its BLAS, MKL in the Linux wheels. On Intel's processors that is the faster one, on
+others oneDNN, whose kernels are in the same wheel, use AVX-512 on every maker's processors and meet at one barrier a
+product, which matters where cores are shared; docs/performance.md has both measured. The choice follows from the
+machine and is not timed, so that a run repeats bit for bit. The weights stay as they lie; packing them ahead would keep
+each a second time.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 
-@cache
 def by_onednn() -> bool:
-    """Whether float32 products go to oneDNN on this machine's processor."""
+    """Whether float32 products go to oneDNN on this machine."""
     mkldnn = torch.backends.mkldnn  # oneDNN's old name
-    if not mkldnn.is_available() or not mkldnn.enabled:
-        return False
+    return mkldnn.is_available() and bool(mkldnn.enabled) and not (torch.backends.mkl.is_available() and _is_intel())
+
+
+@cache
+def _is_intel() -> bool:
     try:
         described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         described = platform.processor()
-    return not (torch.backends.mkl.is_available() and "GenuineIntel" in described)
+    return "GenuineIntel" in described
 
 
 def linear(x: Tensor, weight: Tensor, start: Tensor | None = None) -> Tensor:

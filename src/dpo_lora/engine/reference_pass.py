@@ -90,7 +90,7 @@ def reference_pass(packed: PackedForward, budget: TokenBudget) -> Callable[[Sequ
                     values |= zip(batch.pairs, _score(packed, [rows[i] for i in batch.pairs]), strict=True)
             return [values[i] for i in range(len(rows))]
 
-        opening = common_opening([list(ids[:start]) for sides in rows for ids, start in sides])
+        opening = common_opening([list(ids[:start]) for (ids, start), _ in rows])
         return budget.run(sizes, step, lambda: None, opening)
 
     return compute

@@ -2,7 +2,7 @@
 serve.
 
 Flash aligns a causal mask at the bottom right when a segment has fewer queries than keys, which is exactly
-what a rest needs: its n queries against [prefix | rest] of s + n keys, query i seeing keys 0 ... s + i. So
+what a run needs: its n queries against [what it sees | itself] of s + n keys, query i seeing keys 0 ... s + i. So
 the queries stay where they are, cut in the plan's runs, and each run's keys are gathered behind what it sees.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from functools import cache
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,16 +31,12 @@ class Segments(NamedTuple):
     key_rows: Tensor
 
 
-_segments: WeakKeyDictionary[Tensor, Segments] = WeakKeyDictionary()
-
-
 def segments_of(plan: PairPlan) -> Segments:
     """The plan's flash segments, on the plan's device; made once a plan (all layers and both passes share
     them)."""
-    key = plan.position_ids
-    for known, value in _segments.items():
-        if known is key:
-            return value
+    if "segments" in plan.notes:
+        known: Segments = plan.notes["segments"]
+        return known
     queries = [run.count for run in plan.runs]
     keys = [run.seen + run.count for run in plan.runs]
     pieces = [piece for run in plan.runs for piece in (*run.before, (run.first, run.count))]
@@ -52,7 +47,7 @@ def segments_of(plan: PairPlan) -> Segments:
         return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
     made = Segments(cumulative(queries), cumulative(keys), max(queries), max(keys), torch.cat(rows).to(device))
-    _segments[key] = made
+    plan.notes["segments"] = made
     return made
 
 
@@ -128,9 +123,6 @@ def emulated_flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | 
     return torch.cat(outputs)
 
 
-_block_masks: WeakKeyDictionary[Tensor, object] = WeakKeyDictionary()
-
-
 def visible_pairs(plan: PairPlan) -> tuple[Tensor, Tensor]:
     """Per row position: number of its pair [T] (-1 in the opening), and its branch [T] (0 shared, 1 chosen, 2
     rejected)."""
@@ -148,8 +140,7 @@ def flex_pairs(
     """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by FlexAttention with a block mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    mask = next((m for known, m in _block_masks.items() if known is plan.position_ids), None)
-    if mask is None:
+    if "block_mask" not in plan.notes:
         pair, branch = visible_pairs(plan)
 
         def visible(b, h, q, k):
@@ -157,14 +148,13 @@ def flex_pairs(
             return ((pair[q] == pair[k]) | (pair[k] < 0)) & own & (k <= q)
 
         tokens = plan.tokens
-        mask = create_block_mask(visible, None, None, tokens, tokens, device=str(query.device))
-        _block_masks[plan.position_ids] = mask
+        plan.notes["block_mask"] = create_block_mask(visible, None, None, tokens, tokens, device=str(query.device))
 
     def cap(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)
 
     out = _flex()(
-        query, key, value, score_mod=None if softcap is None else cap, block_mask=mask, scale=scale,
+        query, key, value, score_mod=None if softcap is None else cap, block_mask=plan.notes["block_mask"], scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return out.transpose(1, 2)

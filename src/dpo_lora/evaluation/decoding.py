@@ -31,6 +31,7 @@ def continuations(
     ends: set[int],
     pad: int,
     adapters: tuple[str, ...] = (),
+    by_engine: bool = False,
 ) -> list[Continuation]:
     """Continue every prompt in one batch.
 
@@ -45,6 +46,7 @@ def continuations(
         ends: token ids that end a turn.
         adapters: names of PEFT adapters ("__base__": none) that continue every prompt in turn, with the same noise:
             the first one's N continuations come first. Without any, the model as it is continues them.
+        by_engine: the pair engine's layers may be used, where they are those of the model.
     """
     copies = max(1, len(adapters))
     prompts, sampled = prompts * copies, sampled * copies
@@ -55,7 +57,8 @@ def continuations(
     drawn = torch.tensor(sampled)
     generator = torch.Generator().manual_seed(seed)
     room = width + max_new_tokens
-    read_on = CachedSteps.of(model, adapters, room) or _OwnSteps(model, adapters, len(prompts))
+    by_hand = CachedSteps.of(model, adapters, room) if by_engine else None
+    read_on = by_hand or _OwnSteps(model, adapters, len(prompts))
     tokens: list[list[int]] = [[] for _ in prompts]
     logps: list[list[float]] = [[] for _ in prompts]
     ended = [False] * len(prompts)

@@ -72,6 +72,7 @@ def take(trainer: Any, tokenizer: Any, wanted: list[Prompt], settings: EvalSetti
         "max_new_tokens": settings.sample_tokens,
         "ends": end_tokens(policy, tokenizer),
         "pad": tokenizer.pad_token_id,
+        "by_engine": trainer.engine.packed is not None,
     }
     said: dict[str, list[Continuation]] = {}
     names = trainer.adapter_names()

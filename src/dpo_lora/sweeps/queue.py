@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from dpo_lora.files import write_json
 from dpo_lora.rundir import FAILED, FINISHED
 from dpo_lora.schema import Retry, SweepSettings
 from dpo_lora.sweeps import endings, shared
@@ -102,8 +101,8 @@ class Queue:
             if self._kept(trial) is None:
                 groups.setdefault(shared.key(trial.settings), []).append(trial)
         unknown = expected - len(trials)
-        several = {name: group[0] for name, group in groups.items() if len(group) + unknown > 1}
-        jobs = [self._shared(name, trial) for name, trial in several.items()]
+        several = {name: group for name, group in groups.items() if len(group) + unknown > 1}
+        jobs = [self._shared(name, group) for name, group in several.items()]
         missing = [replace(job, alone=len(jobs) == 1) for job in jobs if not _is_done(job)]
         if missing:
             self.watcher.say("Preparing once what the trials share: base model, pairs, reference ...")
@@ -112,11 +111,15 @@ class Queue:
         if len(jobs) == 1 and _is_done(jobs[0]):
             self.processes.keep(jobs[0].path)
 
-    def _shared(self, name: str, trial: Trial) -> Job:
+    def _shared(self, name: str, group: list[Trial]) -> Job:
         folder = self.sweep.path / ".shared"
         folder.mkdir(exist_ok=True)
-        write_json(folder / f"{name}.json", trial.settings)
-        return Job(f"shared-{name}", folder / f"{name}.json", folder / "output.log", kind="shared")
+        job = Job(f"shared-{name}", folder / f"{name}.json", folder / "output.log", kind="shared")
+        settings = [trial.settings for trial in group]
+        if not (_is_done(job) and shared.covers(job.path, settings)):
+            _done_file(job).unlink(missing_ok=True)  # the sweep has grown by seeds or steps
+            shared.write(job.path, settings)
+        return job
 
     def _prepare(self, waiting: list[Job]) -> None:
         running: dict[str, Job] = {}
