@@ -63,6 +63,8 @@ class Training:
         trainer = self._trainer(tracker, record, sampler)
         checkpoint = self._checkpoint()
         trainer.prepare_reference(self.base.identity["weights"])
+        for name, seconds in zip(("reference", "heldout_reference"), trainer.reference_seconds, strict=True):
+            self.timings[f"{name}_seconds"] = round(seconds, 3)
         self.run.write_manifest(self._facts(tracker) | self._engine_facts(trainer))
         if checkpoint is None:
             self.run.metrics_file.unlink(missing_ok=True)

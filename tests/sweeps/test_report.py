@@ -37,6 +37,8 @@ def test_the_page_holds_every_part(cli: CommandLine, world: World, sweep_words: 
     ):  # fmt: skip
         assert part in row, part
     assert index.count('data-kind="trial"') == 24
+    kinds = re.findall(r'data-kind="(\w+)"', index[index.index("<tbody") :])
+    assert kinds == ["sweep", *["trial"] * 24], "a sweep comes before its trials"
 
 
 def test_the_plan_says_it_before_anything_starts(cli: CommandLine, world: World, sweep_words: list[str]) -> None:

@@ -64,6 +64,7 @@ class PairTrainer(ExactScoring):
         self.sampler = sampler
         self._is_untrained = False  # check_start has seen that policy and reference are one, and no step was taken
         self.evaluation_seconds = 0.0  # scores, samples and their figures
+        self.reference_seconds = 0.0, 0.0  # of training and held-out pairs, from the cache or computed
         self.progress = Progress()
         self._reference: dict[str, tuple[float, ...]] = {}  # reference log-probabilities, by pair_hash
         self.collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
@@ -96,8 +97,11 @@ class PairTrainer(ExactScoring):
         count = len(self.train_dataset)
         if rows is None:
             rows = rows_read(count, self.run.seed, self.args.max_steps, self.run.train.pairs_per_step)
+        begun = time.monotonic()
         self.train_dataset, train = attach_reference(self, self.train_dataset, weights, ld_alpha, rows)
+        between = time.monotonic()
         self.heldout, heldout = attach_reference(self, self.heldout, weights, None, np.arange(len(self.heldout)))
+        self.reference_seconds = between - begun, time.monotonic() - between
         self.precompute_ref_logps = True  # TRL then reads the columns instead of running the reference
         self.reference_use = ReferenceUse(train.found + heldout.found, train.computed + heldout.computed)
 

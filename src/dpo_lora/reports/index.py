@@ -34,11 +34,17 @@ def write(outputs: Path) -> Path:
 
 
 def page(outputs: Path) -> str:
-    """The page as HTML, newest first."""
+    """The page as HTML, newest first, a sweep before its trials."""
     folder = outputs.resolve()
     sweeps = [SweepDir(file.parent) for file in folder.glob("*/sweep.json") if not file.parent.is_symlink()]
     found = [_run(run, folder) for run in runs(outputs)] + [_sweep(sweep) for sweep in sweeps]
-    found.sort(key=lambda row: (row["started"], row["name"]), reverse=True)
+    begun = {row["name"]: row["started"] for row in found if row["kind"] == "sweep"}
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        top = row["name"].partition("/")[0]
+        return begun.get(top, row["started"]), top, row["kind"] == "sweep", row["started"], row["name"]
+
+    found.sort(key=place, reverse=True)
     return render(
         "index.html.j2",
         title=f"Runs in {folder.name}",
