@@ -43,10 +43,17 @@ def test_packed_and_stock_train_the_same_adapter(cli: CommandLine, tiny_override
     stock = cli("train", *tiny_overrides, *FAST, "train.engine=stock").run
     facts = RunDir(packed).manifest()["engine"]
     assert facts["engine"] == "packed"
+    assert facts["attention"] == "flash", "the written-out layers' own"
     assert facts["probe_difference"] < 2e-5
     assert RunDir(stock).manifest()["engine"]["engine"] == "stock"
     assert losses(packed) == pytest.approx(losses(stock), rel=1e-4)
     assert_close(packed, stock)
+
+
+def test_a_kernel_that_was_asked_for_is_used(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    runs = [cli("train", *tiny_overrides, *FAST, f"train.attention={name}").run for name in ("auto", "sdpa")]
+    assert [RunDir(run).manifest()["engine"]["attention"] for run in runs] == ["flash", "sdpa"]
+    assert_close(*runs)
 
 
 @pytest.mark.parametrize("cut", ["train.tokens_per_batch=1", "train.tokens_per_batch=150", "train.micro_batch=1"])

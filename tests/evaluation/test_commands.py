@@ -122,7 +122,7 @@ def test_a_trained_run_is_told_from_one_that_learned_the_opposite(
 
 def test_the_best_checkpoint_is_kept_and_training_stops_early(cli: CommandLine, tiny_overrides: list[str]) -> None:
     run = cli(
-        "train", *tiny_overrides, "train.learning_rate=30", "train.schedule=constant", "train.max_steps=40",
+        "train", *tiny_overrides, "train.learning_rate=1", "train.schedule=constant", "train.max_steps=40",
         "train.max_grad_norm=1000", "eval.every=1", "train.save_every=0", "train.keep_checkpoints=1",
         "train.keep_best=eval/loss", "train.patience=3",
     ).run  # fmt: skip

@@ -42,7 +42,7 @@ class EngineChoice:
     def describe(self) -> dict[str, Any]:
         return {
             "engine": "stock" if self.packed is None else "packed",
-            "attention": None if self.packed is None else self.packed.kernel,
+            "attention": None if self.packed is None else self.packed.attention,
             "why_stock": self.reason,
             "probe_difference": self.difference,
         }
@@ -59,9 +59,10 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
         return EngineChoice(None, "train.engine=stock", None)
     rows = [_beginning(trainer.train_dataset[i]) for i in range(min(2, len(trainer.train_dataset)))]
     longest = max(longest_sequence(trainer.train_dataset), longest_sequence(trainer.heldout))
-    kernel = None if train.attention == "auto" else train.attention
+    # A kernel that was asked for works in the model's own layers; the written-out ones have theirs.
+    kernel: dict[str, Any] = {} if train.attention == "auto" else {"kernel": train.attention, "layers": "plain"}
     with trainer.accelerator.autocast():
-        verdict: Verdict = judge(trainer.model, trainer.batch(rows), longest, kernel=kernel)
+        verdict: Verdict = judge(trainer.model, trainer.batch(rows), longest, **kernel)
     if not verdict.eligible:
         if train.engine is Engine.packed:
             raise UserError(f"train.engine=packed cannot be: {verdict.reason}. Use train.engine=auto or stock.")
@@ -70,9 +71,9 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     statistics: tuple[str, ...] = ("entropy", "mean_logits", "is_top1")
     if trainer.run.dpo.use_weighting:
         statistics += ("log_sum_sq_probs",)
-    packed = PackedForward(trainer.model, statistics, kernel, recompute=train.gradient_checkpointing)
+    packed = PackedForward(trainer.model, statistics, **kernel, recompute=train.gradient_checkpointing)
     packed.install()
-    log.info("Pair packing: attention %s; probe differs by %.1e from stock.", packed.kernel, verdict.difference)
+    log.info("Pair packing: attention %s; probe differs by %.1e from stock.", packed.attention, verdict.difference)
     return EngineChoice(packed, None, verdict.difference)
 
 

@@ -3,6 +3,7 @@
 These are the operations behind torch's scaled_dot_product_attention on a CPU. Called from here they read the row where
 it lies, share a key head among its query heads as a view, and write gradients where they belong. The backward one
 computes the whole square of a causal mask; measured it is still faster than `block_attention.py`, which does not.
+Where a training has diverged beyond repair its gradient overflows, as stock TRL's does at the same steps.
 
 Tensors are seen as [G, R, T, D]: G key heads, R query heads for each.
 """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_lora.engine.attention import attach, default_kernel, packed_rows
-from dpo_lora.engine.decoder import run_decoder
+from dpo_lora.engine.decoder import read_layers, run_decoder
 from dpo_lora.engine.head import STATISTICS, HeadRule, token_scores
 from dpo_lora.engine.packing import PairPlan, plan_batch
 
@@ -58,6 +58,13 @@ class PackedForward:
         )
         self._restore_attention = attach(self.base, self.kernel)
         self._restore_forward: Callable[[], None] | None = None
+
+    @property
+    def attention(self) -> str:
+        """Name of the kernel in use: "flash" (`flash_attention.py`) where `decoder.py` runs the layers."""
+        on_cpu = self.base.get_input_embeddings().weight.device.type == "cpu"
+        by_hand = self.layers == "auto" and on_cpu and read_layers(self.base.base_model) is not None
+        return "flash" if by_hand else self.kernel
 
     def __call__(
         self,
