@@ -49,13 +49,14 @@ class SeededOrder(Sampler[int]):
 
     def first(self, count: int) -> NDArray[np.int64]:
         """The numbers of the first ``count`` rows of the first epoch, sorted."""
-        return np.sort(self._order(0)[:count].numpy())
+        return np.sort(self._order(0)[:count])
 
     def __iter__(self) -> Iterator[int]:
-        return map(int, self._order(self.epoch))
+        return map(int, self._order(self.epoch))  # of an array: a tensor would make an object of every number first
 
-    def _order(self, epoch: int) -> torch.Tensor:
-        return torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + epoch))
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        drawn = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + epoch))
+        return np.asarray(drawn)
 
 
 def rows_read(count: int, seed: int, steps: int, pairs_per_step: int) -> NDArray[np.int64]:
