@@ -127,8 +127,7 @@ class Bench:
         steps = []
         for step in self.steps():
             opening = common_opening([self.rows[i]["prompt_ids"] for i in step])
-            own = [pair_tokens(self.rows[i]) - opening + opening // 16 for i in step]
-            micros = cut(own, budget and max(1, budget - opening))
+            micros = cut([pair_tokens(self.rows[i]) for i in step], budget, opening=opening)
             steps.append([[step[i] for i in m.pairs] for m in micros])
         packed = PackedForward(self.model, **engine)
         packed.install()

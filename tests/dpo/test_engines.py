@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_lora.dpo.engines import _beginning
 from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import RunDir
 from harness import ROOT, CommandLine, dpo_lora
@@ -48,6 +49,16 @@ def test_packed_and_stock_train_the_same_adapter(cli: CommandLine, tiny_override
     assert RunDir(stock).manifest()["engine"]["engine"] == "stock"
     assert losses(packed) == pytest.approx(losses(stock), rel=1e-4)
     assert_close(packed, stock)
+
+
+def test_the_probe_reads_past_what_both_answers_begin_with() -> None:
+    same = list(range(100))
+    for chosen, rejected in (([*same, 1, 2], [*same, 3]), (same, [*same, 5]), ([*same, 5], same), ([1], [2])):
+        cut = _beginning({"prompt_ids": same, "chosen_ids": chosen, "rejected_ids": rejected})
+        assert cut["chosen_ids"] != cut["rejected_ids"]
+        assert len(cut["prompt_ids"]) == 48
+    long = _beginning({"prompt_ids": [1], "chosen_ids": [1, *same], "rejected_ids": [2, *same]})
+    assert len(long["chosen_ids"]) == len(long["rejected_ids"]) == 32
 
 
 def test_a_kernel_that_was_asked_for_is_used(cli: CommandLine, tiny_overrides: list[str]) -> None:

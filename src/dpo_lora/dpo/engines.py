@@ -80,7 +80,8 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
 def _beginning(row: dict[str, Any]) -> dict[str, Any]:
     """A pair's first words: what length alone decides the facts say, and every trial pays for the probe."""
     chosen, rejected = row["chosen_ids"], row["rejected_ids"]
-    alike = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+    shorter = min(len(chosen), len(rejected))
+    alike = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     cuts = {"prompt_ids": 48, "chosen_ids": alike + 32, "rejected_ids": alike + 32}
     return {**row, **{side: row[side][:tokens] for side, tokens in cuts.items()}}
 

@@ -69,11 +69,13 @@ def common_opening(prompts: Sequence[list[int]]) -> int:
     return shared if shared >= LEAST_OPENING else 0
 
 
-def cut(sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False) -> list[MicroBatch]:
+def cut(sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False, opening: int = 0) -> list[MicroBatch]:
     """Cut one step's pairs into as few micro-batches as the budget allows, evenly filled.
 
     sizes: row positions of each pair (`pair_tokens`). A pair larger than the budget gets its own micro-batch.
     With tokens_per_batch None, or whole (a loss that is not separable), all pairs stay together.
+    opening: tokens counted in each of the sizes that a row holds once (`common_opening`). Its keys are gathered for
+    each pair, which takes about a sixteenth of the memory that as many positions take.
     Deterministic: largest pair first into the emptiest micro-batch, the number of micro-batches raised until
     all fit.
     """
@@ -82,6 +84,9 @@ def cut(sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False)
         raise ValueError("an optimizer step needs at least one pair")
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise UserError(f"tokens_per_batch is {tokens_per_batch}; give a positive number of tokens, or None")
+    sizes = [size - opening + opening // 16 for size in sizes]
+    if tokens_per_batch is not None:
+        tokens_per_batch = max(1, tokens_per_batch - opening)
     everything = MicroBatch(tuple(range(count)), 1.0, sum(sizes))
     if whole or tokens_per_batch is None or everything.tokens <= tokens_per_batch:
         return [everything]
@@ -129,14 +134,12 @@ class TokenBudget:
         """Call step(micro-batches) for one optimizer step; on out-of-memory reset() (drop gradients) and cut
         finer.
 
-        opening: tokens counted in each of the sizes that a row holds once (`common_opening`). Its keys are gathered
-            for each pair, which takes about a sixteenth of the memory that as many positions take.
+        opening: as `cut` takes it.
         step must not have moved the optimizer when it raises. Any other error passes; so does out-of-memory
         when every micro-batch is a single pair already, with what to do in the message.
         """
         while True:
-            own = [size - opening + opening // 16 for size in sizes]
-            batches = cut(own, max(1, self.tokens - opening))
+            batches = cut(sizes, self.tokens, opening=opening)
             try:
                 result = step(batches)
             except Exception as error:
