@@ -14,10 +14,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
+from dpo_lora.engine.cpu_passes import normalise, rotate
 from dpo_lora.engine.decoder import read_layers
 from dpo_lora.engine.eligibility import read_facts
 from dpo_lora.engine.head import HeadRule
-from dpo_lora.engine.layer import LayerParts, Rotation, normalise
+from dpo_lora.engine.layer import LayerParts, Rotation
 from dpo_lora.engine.lowrank import Projection, stacked_down, watched
 from dpo_lora.engine.products import linear
 
@@ -96,8 +97,7 @@ class CachedSteps:
         normed, _ = normalise(x, first.attention_norm, first.epsilon)
         count = len(seen)
         q, k, v = (y.view(len(x), -1, first.head_dim) for y in _project(normed, [p.qkv for p in parts]))
-        rotation.turn(q, 1.0)
-        rotation.turn(k, 1.0)
+        rotate(q, k, rotation.cos, rotation.sin, 1.0)
         q, k, v = (y.view(count, -1, *y.shape[1:]).transpose(1, 2) for y in (q, k, v))
         keys, values = self._keep(number, k, v)
         attended = functional.scaled_dot_product_attention(

@@ -6,6 +6,9 @@ pass, so a switched adapter, a merged weight or a new hook is seen.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
@@ -13,8 +16,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 
-from dpo_lora.engine.layer import LayerParts, Rotation, normalise, normalise_backward, run_layer
-from dpo_lora.engine.lowrank import read_projection, watched
+from dpo_lora.engine import cpu_passes, gpu_passes
+from dpo_lora.engine.layer import LayerParts, Rotation, run_layer
+from dpo_lora.engine.lowrank import Projection, read_projection, watched
 from dpo_lora.engine.packing import PairPlan
 
 _FAMILIES = {
@@ -22,6 +26,20 @@ _FAMILIES = {
     "Mistral": modeling_mistral,
     "Qwen2": modeling_qwen2,
 }
+
+
+def passes_for(weight: Tensor) -> ModuleType | None:
+    """What a layer of this weight's device and format computes by; None where nothing is written for it.
+
+    On a GPU products are in the format of the weights, which autocast, where it is on, must agree with.
+    """
+    device, dtype = weight.device.type, weight.dtype
+    autocast = torch.is_autocast_enabled(device)
+    if device == "cpu" and dtype in (torch.float32, torch.float64) and not autocast:
+        return cpu_passes
+    if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return gpu_passes if not autocast or torch.get_autocast_dtype(device) == dtype else None
+    return None
 
 
 def run_decoder(backbone: nn.Module, plan: PairPlan, recompute: bool = False) -> Tensor | None:
@@ -35,31 +53,50 @@ def run_decoder(backbone: nn.Module, plan: PairPlan, recompute: bool = False) ->
     if layers is None:
         return None
     x = backbone.embed_tokens(plan.input_ids)
-    cos, sin = backbone.rotary_emb(x, position_ids=plan.position_ids)
-    half = cos.shape[-1] // 2
-    rotation = Rotation(*(t[0, :, None, :half].contiguous() for t in (cos, sin)))
-    x = x[0]
-    for parts in layers:
-        x = run_layer(x, parts, rotation, plan)
-    return _FinalNorm.apply(x, backbone.norm.weight, backbone.norm.variance_epsilon)
+    with torch.autocast(x.device.type, enabled=False):
+        cos, sin = backbone.rotary_emb(x, position_ids=plan.position_ids)
+        half = cos.shape[-1] // 2
+        rotation = Rotation(*(t[0, :, None, :half].contiguous() for t in (cos, sin)))
+        x = x[0]
+        for parts in _in_one_format(layers):
+            x = run_layer(x, parts, rotation, plan)
+        return _FinalNorm.apply(x, backbone.norm.weight, backbone.norm.variance_epsilon, layers[0].passes)
 
 
 def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts] | None:
     """Every layer's parts, or None if one module of the backbone is not exactly as expected."""
     family = next((f for f, m in _FAMILIES.items() if type(backbone) is getattr(m, f"{f}Model")), None)
-    weight = backbone.get_input_embeddings().weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    if family is None or autocast or weight.dtype not in (torch.float32, torch.float64):
-        return None
-    if not _is_norm(backbone.norm, family) or watched(backbone):
+    passes = passes_for(backbone.get_input_embeddings().weight)
+    if family is None or passes is None or not _is_norm(backbone.norm, family) or watched(backbone):
         return None
     layers = []
     for layer in backbone.layers[: backbone.config.num_hidden_layers]:
-        parts = _read_layer(layer, family, weight.dtype, recompute)
+        parts = _read_layer(layer, family, passes, recompute)
         if parts is None:
             return None
         layers.append(parts)
     return layers
+
+
+def _in_one_format(layers: list[LayerParts]) -> list[LayerParts]:
+    """The layers with their LoRA weights in the base weights' format: all are cast at once, anew for each pass."""
+    dtype = layers[0].qkv[0].weight.dtype
+    trained = [w.detach() for parts in layers for w in parts.adapters if w is not None]
+    if all(w.dtype == dtype for w in trained):
+        return layers
+    flat = torch.cat([w.reshape(-1) for w in trained]).to(dtype)
+    pieces = iter(flat.split([w.numel() for w in trained]))
+
+    def cast(p: Projection) -> Projection:
+        if p.down is None:
+            return p
+        return replace(p, down=next(pieces).view_as(p.down), up=next(pieces).view_as(p.up))
+
+    def cast_layer(parts: LayerParts) -> LayerParts:
+        q, k, v, output, gate, up, down = (cast(p) for p in parts.projections())
+        return replace(parts, qkv=(q, k, v), output=output, gate_up=(gate, up), down=down)
+
+    return [cast_layer(parts) for parts in layers]
 
 
 def _is_norm(module: nn.Module, family: str) -> bool:
@@ -67,7 +104,7 @@ def _is_norm(module: nn.Module, family: str) -> bool:
     return type(module) is expected and not module.weight.requires_grad and not watched(module)
 
 
-def _read_layer(layer: nn.Module, family: str, dtype: torch.dtype, recompute: bool) -> LayerParts | None:
+def _read_layer(layer: nn.Module, family: str, passes: ModuleType, recompute: bool) -> LayerParts | None:
     module = _FAMILIES[family]
     attention, mlp = layer.self_attn, layer.mlp
     kinds = {layer: f"{family}DecoderLayer", attention: f"{family}Attention", mlp: f"{family}MLP"}
@@ -79,8 +116,8 @@ def _read_layer(layer: nn.Module, family: str, dtype: torch.dtype, recompute: bo
         return None
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     linears = [*(getattr(attention, n) for n in names), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    read = [read_projection(linear) for linear in linears]
-    if any(p is None or p.weight.dtype != dtype for p in read):
+    read = [read_projection(linear, mixed=passes is gpu_passes) for linear in linears]
+    if any(p is None or p.weight.dtype != layer.input_layernorm.weight.dtype for p in read):
         return None
     if attention.attention_dropout and attention.training:
         return None
@@ -92,20 +129,23 @@ def _read_layer(layer: nn.Module, family: str, dtype: torch.dtype, recompute: bo
         output=read[3],
         gate_up=(read[4], read[5]),
         down=read[6],
+        adapters=tuple(w for p in read for w in (p.down, p.up)),
         head_dim=attention.head_dim,
         scale=attention.scaling,
+        passes=passes,
         recompute=recompute,
     )
 
 
 class _FinalNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, epsilon):
-        out, inverse = normalise(x, weight, epsilon)
+    def forward(ctx, x, weight, epsilon, passes):
+        out, inverse = passes.normalise(x, weight, epsilon)
         ctx.save_for_backward(x, inverse, weight)
+        ctx.passes = passes
         return out
 
     @staticmethod
     def backward(ctx, grad):
         x, inverse, weight = ctx.saved_tensors
-        return normalise_backward(grad.clone(), x, inverse, weight), None, None
+        return ctx.passes.normalise_backward(grad.clone(), x, inverse, weight, None), None, None, None

@@ -34,10 +34,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float) -> tup
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, levels: Tensor, plan: PairPlan, scale: float,
-    into: list[Tensor],
-) -> None:  # fmt: skip
-    """Write the gradients into `into` = [dq, dk, dv], shaped as q, k, v; out and levels from `attend`."""
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, levels: Tensor, plan: PairPlan, scale: float
+) -> list[Tensor]:
+    """Gradients for q, k and v, shaped as they are; out and levels from `attend`."""
+    into = [torch.empty_like(x) for x in (q, k, v)]
     groups = k.shape[1]
     upstream, queries, keys, values, outs = (_grouped(x, groups) for x in (grad, q, k, v, out))
     d_queries, d_keys, d_values = (_grouped(x, groups) for x in into)
@@ -58,6 +58,7 @@ def attend_backward(
             for first, length in run.before:
                 total[:, :, first : first + length] += summed[:, :, at : at + length]
                 at += length
+    return into
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

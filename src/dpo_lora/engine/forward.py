@@ -28,7 +28,7 @@ class PackedForward:
     entropy, mean_logits and is_top1 in every call, so what is dropped comes back as zeros; log_sum_sq_probs
     (`use_weighting`) changes the loss and must be asked for.
     kernel: name from attention.KERNELS, None for the default of the model's device and dtype.
-    layers: "auto" runs the backbone by `decoder.py` where that is possible (CPU so far), "plain" never does.
+    layers: "auto" runs the backbone by `decoder.py` where that is possible, "plain" never does.
     recompute: of the layers run by `decoder.py`, keep only the inputs for the backward pass.
     """
 
@@ -63,8 +63,14 @@ class PackedForward:
     def attention(self) -> str:
         """Name of the kernel in use: "flash" (`flash_attention.py`) where `decoder.py` runs the layers."""
         on_cpu = self.base.get_input_embeddings().weight.device.type == "cpu"
-        by_hand = self.layers == "auto" and on_cpu and read_layers(self.base.base_model) is not None
+        by_hand = on_cpu and self._may_write_out and read_layers(self.base.base_model) is not None
         return "flash" if by_hand else self.kernel
+
+    @property
+    def _may_write_out(self) -> bool:
+        """The written-out layers have one kernel a device, on a GPU "varlen"; another that was asked for is used."""
+        on_gpu = self.base.get_input_embeddings().weight.is_cuda
+        return self.layers == "auto" and (self.kernel == "varlen" or not on_gpu)
 
     def __call__(
         self,
@@ -110,7 +116,7 @@ class PackedForward:
     def hidden_states(self, plan: PairPlan, router_logits: bool = False) -> tuple[Tensor, tuple | None]:
         """Last hidden states [T, H] of the plan's row and, if asked, the routers' logits of a mixture of
         experts."""
-        if self.layers == "auto" and plan.input_ids.device.type == "cpu" and not router_logits:
+        if self._may_write_out and not router_logits:
             hidden = run_decoder(self.base.base_model, plan, self.recompute)
             if hidden is not None:
                 return hidden, None

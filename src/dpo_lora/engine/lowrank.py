@@ -15,24 +15,31 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from dpo_lora.engine.products import linear
+from dpo_lora.engine.products import linear, outer
 
 
 @dataclass(frozen=True)
 class Projection:
     """One linear layer: weight [out, in], bias [out] or None; LoRA down [r, in], up [out, r] and scale, or
-    None."""
+    None.
+
+    trained: the format that the LoRA weights are trained in and their gradients come in.
+    """
 
     weight: Tensor
     bias: Tensor | None
     down: Tensor | None = None
     up: Tensor | None = None
     scale: float = 1.0
+    trained: torch.dtype | None = None
 
 
-def read_projection(module: nn.Module) -> Projection | None:
+def read_projection(module: nn.Module, mixed: bool = False) -> Projection | None:
     """The module as a `Projection` in its present state, or None if it is anything but what is written
-    above."""
+    above.
+
+    mixed: the LoRA weights may be float32 where the layer's weight is not, as PEFT makes them.
+    """
     if type(module) is nn.Linear:
         return _frozen(module)
     if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear or module.merged:
@@ -50,10 +57,11 @@ def read_projection(module: nn.Module) -> Projection | None:
     plain = type(down) is nn.Linear and type(up) is nn.Linear and down.bias is None and up.bias is None
     dropped = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     dropped |= not isinstance(dropout, nn.Dropout | nn.Identity)
-    same = {base.weight.dtype, down.weight.dtype, up.weight.dtype} == {base.weight.dtype}
+    accepted = {base.weight.dtype, torch.float32} if mixed else {base.weight.dtype}
+    same = down.weight.dtype == up.weight.dtype and up.weight.dtype in accepted
     if not plain or dropped or not same or name in module.lora_variant or watched(module, down, up, dropout):
         return None
-    return Projection(base.weight, base.bias, down.weight, up.weight, float(module.scaling[name]))
+    return Projection(base.weight, base.bias, down.weight, up.weight, float(module.scaling[name]), up.weight.dtype)
 
 
 def _frozen(linear: nn.Linear) -> Projection | None:
@@ -77,13 +85,18 @@ def stacked_down(group: tuple[Projection, ...]) -> Tensor | None:
     return downs[0] if len(downs) == 1 else torch.cat(downs)
 
 
+def project_down(x: Tensor, group: tuple[Projection, ...]) -> Tensor | None:
+    """x [T, in] -> x A^T [T, sum of ranks]; None without LoRA."""
+    down = stacked_down(group)
+    return None if down is None else linear(x, down)
+
+
 def project(
     x: Tensor, group: tuple[Projection, ...], start: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
     """x [T, in] -> (y_i [T, out_i] of each, x A^T [T, sum of ranks]); `start` [T, out] is added (a single
     projection)."""
-    down = stacked_down(group)
-    low = None if down is None else linear(x, down)
+    low = project_down(x, group)
     outs: list[Tensor] = []
     rank_at = 0
     for p in group:
@@ -115,13 +128,14 @@ def project_backward(
             continue
         ranks = slice(rank_at, rank_at + len(p.down))
         torch.mul(linear(grad, p.up.t()), p.scale, out=low_grad[:, ranks])
-        ups.append(linear(low[:, ranks].t().contiguous(), grad.t()).t().mul(p.scale))
+        ups.append(outer(low[:, ranks], grad, p.trained).t().mul(p.scale))
         rank_at += len(p.down)
     if low is None:
         return dx, [None] * (2 * len(group))
     if dx is not None:
         dx.addmm_(low_grad, down)
-    down_grad = linear(low_grad.t().contiguous(), x.t())
+    trained = next(p.trained for p in group if p.down is not None)
+    down_grad = outer(low_grad, x, trained)
     weights: list[Tensor | None] = []
     rank_at = 0
     for p, up in zip(group, ups, strict=True):

@@ -40,3 +40,12 @@ def linear(x: Tensor, weight: Tensor, start: Tensor | None = None) -> Tensor:
             return operation(x, weight, None, "none", [], "")
         return operation.binary(x, start, weight, None, "add")
     return torch.mm(x, weight.t()) if start is None else torch.addmm(start, x, weight.t())
+
+
+def outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left [T, n], right [T, m] -> left^T right [n, m] in ``dtype``, the sum over T unrounded before that."""
+    if left.dtype is dtype:
+        return linear(left.t().contiguous(), right.t())
+    if left.is_cuda:
+        return torch.mm(left.t(), right, out_dtype=dtype)
+    return torch.mm(left.t().to(dtype), right.to(dtype))

@@ -1,0 +1,73 @@
+"""What a decoder layer computes besides its matrix products, on a CPU: in place wherever a tensor is not needed again.
+
+`gpu_passes.py` has the same functions for a GPU; `layer.py` puts either between the products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from dpo_lora.engine.flash_attention import attend, attend_backward
+
+__all__ = [
+    "attend",
+    "attend_backward",
+    "gated",
+    "gated_again",
+    "gated_backward",
+    "normalise",
+    "normalise_again",
+    "normalise_backward",
+    "rotate",
+]
+
+
+def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """RMS norm: x [T, hidden] -> (x / rms * weight, 1 / rms [T, 1])."""
+    inverse = torch.linalg.vecdot(x, x).div_(x.shape[1]).add_(epsilon).rsqrt_()[:, None]
+    return normalise_again(x, inverse, weight), inverse
+
+
+def normalise_again(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    """The norm's output from what its forward pass kept."""
+    return (x * inverse).mul_(weight)
+
+
+def normalise_backward(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, beside: Tensor | None) -> Tensor:
+    """Gradient of `normalise` for its input, plus ``beside`` (the residual's), made in place of `grad` [T, hidden]."""
+    grad.mul_(weight)
+    along = torch.linalg.vecdot(grad, x)[:, None] * inverse**3 / x.shape[1]
+    grad.mul_(inverse).addcmul_(x, along, value=-1)
+    return grad if beside is None else grad.add_(beside)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of q and k [T, heads, head_dim]; cos and sin [T, 1, head_dim / 2].
+
+    sign -1 turns back (the gradient of sign 1).
+    """
+    for x in (q, k):
+        a, b = x.chunk(2, -1)
+        kept = a * sin
+        a.mul_(cos).addcmul_(b, sin, value=-sign)
+        b.mul_(cos).add_(kept, alpha=sign)
+    return q, k
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [T, intermediate]."""
+    return silu(gate).mul_(up)
+
+
+def gated_again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`gated` for the backward pass, and what `gated_backward` can use of it."""
+    slope = silu(gate)
+    return slope * up, slope
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `gated` for gate and up, made in place of ``grad`` and ``slope``."""
+    d_up = slope.mul_(grad)
+    return torch.ops.aten.silu_backward(grad.mul_(up), gate), d_up

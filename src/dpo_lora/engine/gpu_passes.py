@@ -1,0 +1,117 @@
+"""What a decoder layer computes besides its matrix products, on a GPU in bfloat16 or float16.
+
+Each pass is written in plain torch with float32 inside and compiled to one kernel where its tensors are on a GPU, so
+every [T, hidden] and [T, intermediate] goes through memory once a pass; elsewhere (tests) it runs as written. Where
+this machine cannot compile (no C compiler), they run as written too, slower, with a warning. Attention is torch's
+variable-length flash kernel. `cpu_passes.py` has the same functions for a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from dpo_lora.engine.compiled import compiled
+from dpo_lora.engine.packing import PairPlan
+from dpo_lora.engine.varlen_attention import Segments, segments_of
+
+
+@compiled(0)
+def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """RMS norm: x [T, hidden] -> (x / rms * weight, 1 / rms [T, 1] in float32)."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + epsilon)
+    return (wide * inverse * weight.float()).to(x.dtype), inverse
+
+
+@compiled(0)
+def normalise_again(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    """The norm's output from what its forward pass kept."""
+    return (x.float() * inverse * weight.float()).to(x.dtype)
+
+
+@compiled(0)
+def normalise_backward(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, beside: Tensor | None) -> Tensor:
+    """Gradient of `normalise` for its input, plus ``beside`` (the residual's), [T, hidden]."""
+    wide, scaled = x.float(), grad.float() * weight.float()
+    along = (scaled * wide).mean(1, keepdim=True) * inverse**3
+    out = scaled * inverse - wide * along
+    return (out if beside is None else out + beside.float()).to(grad.dtype)
+
+
+@compiled(0)
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of q and k [T, heads, head_dim]; cos and sin [T, 1, head_dim / 2].
+
+    sign -1 turns back (the gradient of sign 1).
+    """
+    c, s = cos.float(), sin.float() * sign
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, -1)
+        return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
+
+    return turned(q), turned(k)
+
+
+@compiled(0)
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [T, intermediate]."""
+    return (silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def gated_again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`gated` for the backward pass; nothing of it is kept for `gated_backward`."""
+    return gated(gate, up), None
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of `gated` for gate and up."""
+    return _gated_backward(grad, gate, up)
+
+
+@compiled(0)
+def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    g, wide = grad.float(), gate.float()
+    sigmoid = torch.sigmoid(wide)
+    d_gate = g * up.float() * sigmoid * (1 + wide * (1 - sigmoid))
+    return d_gate.to(grad.dtype), (g * wide * sigmoid).to(grad.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], k/v [T, Hkv, D] -> ([T, Hq, D], logsumexp of the scores [Hq, T])."""
+    segments = segments_of(plan)
+    return flash(q, k[segments.key_rows], v[segments.key_rows], segments, scale)
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, levels: Tensor, plan: PairPlan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for q, k and v, shaped as they are; out and levels from `attend`."""
+    segments = segments_of(plan)
+    keys, values = k[segments.key_rows], v[segments.key_rows]
+    d_query, d_keys, d_values = flash_backward(grad, q, keys, values, out, levels, segments, scale)
+    return d_query, *(_scattered(part, segments, k) for part in (d_keys, d_values))
+
+
+def _scattered(part: Tensor, segments: Segments, like: Tensor) -> Tensor:
+    """Gradients of gathered rows [K, ...] summed, in float32, where they were gathered from [T, ...]."""
+    total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    return total.index_add_(0, segments.key_rows, part.float()).to(like.dtype)
+
+
+def flash(q: Tensor, keys: Tensor, values: Tensor, s: Segments, scale: float) -> tuple[Tensor, Tensor]:
+    """The operation behind torch's varlen_attn, which takes fewer key heads than query heads as they are."""
+    out, levels, *_ = torch.ops.aten._flash_attention_forward(
+        q, keys, values, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, True, False, scale=scale
+    )
+    return out, levels
+
+
+def flash_backward(grad, q, keys, values, out, levels, s: Segments, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for q [T, Hq, D], keys and values [K, Hkv, D]."""
+    unused = torch.empty((), dtype=torch.uint64, device=q.device)  # the state of dropout, which there is none of
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, keys, values, out, levels, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, True, unused, unused, scale=scale
+    )

@@ -1,0 +1,110 @@
+"""What the engine computes by on a GPU, run as written on a CPU: equal to stock TRL, the flash kernel emulated.
+
+tests/gpu runs the compiled kernels themselves.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.engine import worlds
+from tests.engine.test_forward import compare
+
+from dpo_lora.engine import decoder, gpu_passes, head
+from dpo_lora.engine.decoder import read_layers
+from dpo_lora.engine.forward import PackedForward
+from dpo_lora.engine.head import HeadRule, token_scores
+from dpo_lora.engine.varlen_attention import emulated_flash
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """Layers by `gpu_passes`, attention by a plain emulation of the flash kernel."""
+
+    def flash(q, keys, values, segments, scale):
+        return emulated_flash(q, keys, values, segments, scale), q.new_empty(0)
+
+    def flash_backward(grad, q, keys, values, out, levels, segments, scale):
+        leaves = [x.detach().requires_grad_() for x in (q, keys, values)]
+        with torch.enable_grad():
+            return torch.autograd.grad(emulated_flash(*leaves, segments, scale), leaves, grad)
+
+    monkeypatch.setattr(decoder, "passes_for", lambda weight: gpu_passes)
+    monkeypatch.setattr(gpu_passes, "flash", flash)
+    monkeypatch.setattr(gpu_passes, "flash_backward", flash_backward)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("opening", [0, 15])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_equal_trl(as_on_gpu, recompute, opening, name, tmp_path):
+    base = worlds.model(name)
+    layers = read_layers(base.base_model.requires_grad_(False))
+    assert layers is not None and layers[0].passes is gpu_passes
+    compare(base, worlds.pairs(4, opening=opening), tmp_path, engine={"recompute": recompute})
+
+
+def step(trainer, batch):
+    with torch.autocast("cpu", torch.bfloat16, enabled=trainer.model.dtype == torch.bfloat16):
+        loss = trainer._compute_loss(trainer.model, batch, False)
+    loss.backward()
+    return loss.detach().double(), worlds.gradients(trainer.model)
+
+
+def in_bfloat16(seed, tmp_path):
+    """(loss, gradients) in bfloat16 of stock and of ours, and the exact ones, all of the same numbers."""
+    rows = worlds.pairs(6, seed=seed, longest=40)
+    base = worlds.model("llama", seed=seed, max_position_embeddings=256).to(torch.bfloat16)
+    trainer = worlds.trainer(base, rows, tmp_path)
+    assert {p.dtype for name, p in trainer.model.named_parameters() if "lora" in name} == {torch.float32}
+    batch = trainer.data_collator(rows)
+    stock = step(trainer, batch)
+    packed = PackedForward(trainer.model)
+    packed.install()
+    try:
+        ours = step(trainer, batch)
+    finally:
+        packed.detach()
+    trainer.model.float()  # the same numbers
+    return stock, ours, step(trainer, batch)
+
+
+def test_float32_adapters_on_bfloat16_weights_are_as_near_to_float32_as_trl_is(as_on_gpu, tmp_path):
+    noise = torch.zeros(2, dtype=torch.float64)  # of stock's gradients and of ours
+    for seed in range(5):
+        stock, ours, exact = in_bfloat16(seed, tmp_path)
+        assert ours[1].dtype == torch.float32
+        assert worlds.close(ours[0], exact[0]) < 1e-2
+        noise += torch.tensor([worlds.close(got[1], exact[1]) ** 2 for got in (stock, ours)])
+    assert 0 < noise[1] < 1.2 * noise[0]
+
+
+@pytest.mark.parametrize("rule", [HeadRule(), HeadRule(0.5), HeadRule(2.0, 3.0)], ids=str)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_tiles_folded_as_on_a_gpu(gradient, rule, monkeypatch):
+    """`head_tile` against the CPU's own folding, several tiles and ties of the best logit included."""
+    torch.manual_seed(0)
+    lm_head = torch.nn.Linear(16, 3000, bias=True).requires_grad_(False)
+    lm_head.weight[1500:1600] = lm_head.weight[:100]
+    lm_head.bias[1500:1600] = lm_head.bias[:100]
+    hidden = torch.randn(40, 16)
+    hidden[:10] = 9 * lm_head.weight[1500:1510]
+    labels = torch.cat([torch.arange(1500, 1505), torch.arange(5, 10), torch.randint(0, 3000, (30,))])
+
+    def scores():
+        states = hidden.clone().requires_grad_(gradient)
+        found = token_scores(states, lm_head, labels, rule, head.STATISTICS)
+        if gradient:
+            found["log_probs"].backward(torch.linspace(-1, 1, len(labels)))
+        return found, states.grad
+
+    right, right_gradient = scores()
+    fold = head._Fold
+    monkeypatch.setattr(fold, "add", fold._add_compiled)
+    ours, ours_gradient = scores()
+    assert not right["is_top1"][:5].any(), "a token with a smaller id has the same logit"
+    assert right["is_top1"][5:10].all()
+    for name, value in right.items():
+        assert torch.allclose(ours[name].float(), value.float(), atol=2e-5, rtol=1e-5), name
+    if gradient:
+        assert torch.allclose(ours_gradient, right_gradient, atol=1e-5)
