@@ -41,10 +41,15 @@ class Bench:
         pairs_per_step: int = PAIRS_PER_STEP,
     ) -> None:
         self.rows, self.device, self.budget, self.pairs_per_step = rows, device, budget, pairs_per_step
+        self.dtype = dtype
         self.trainer = make_trainer(shape, rows, tempfile.mkdtemp(), device, dtype)
         self.model = self.trainer.model
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start = [p.detach().clone() for p in self.parameters]
+
+    def autocast(self):
+        """What transformers' trainer computes losses under: autocast, where the weights are in bfloat16."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @contextmanager
     def checkpointing(self, on: bool):
@@ -63,9 +68,9 @@ class Bench:
         began = self.now()
         for at in range(0, len(order), batch_size):
             part = [self.rows[i] for i in order[at : at + batch_size]]
-            for row, chosen, rejected in zip(
-                part, *self.trainer.compute_ref_log_probs(self.model, self.batch(part)), strict=True
-            ):
+            with self.autocast():
+                found = self.trainer.compute_ref_log_probs(self.model, self.batch(part))
+            for row, chosen, rejected in zip(part, *found, strict=True):
                 row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen.item(), rejected.item()
         return self.now() - began
 
@@ -80,7 +85,7 @@ class Bench:
         with torch.no_grad():
             for p, start in zip(self.parameters, self.start, strict=True):
                 p.copy_(start)
-        optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=self.device == "cuda" or None)
         self.trainer.precompute_ref_logps = cached
         losses = []
         began, worked = self.now(), time.process_time()
@@ -89,7 +94,8 @@ class Bench:
             total = 0.0
             for micro in step:
                 batch = self.batch([self.rows[i] for i in micro])
-                loss = self.trainer._compute_loss(self.model, batch, False) * (len(micro) / count)
+                with self.autocast():
+                    loss = self.trainer._compute_loss(self.model, batch, False) * (len(micro) / count)
                 loss.backward()
                 total += loss.item()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -152,7 +158,9 @@ class Bench:
         ]
         began = self.now()
         compute = reference_pass(packed, TokenBudget(*(GPU_TOKENS if self.device == "cuda" else CPU_TOKENS)))
-        for row, values in zip(self.rows, compute(tokens), strict=True):
+        with self.autocast():
+            computed = compute(tokens)
+        for row, values in zip(self.rows, computed, strict=True):
             row["ref_chosen_logps"], row["ref_rejected_logps"] = map(float, sequence_log_probs(values, None))
         return self.now() - began
 

@@ -122,7 +122,8 @@ def make_trainer(shape: str, rows: list[dict], folder: str, device: str, dtype: 
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPES[shape])
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(8)}, unk_token="t0"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0", eos_token="t2")
     args = DPOConfig(
@@ -147,15 +148,15 @@ def make_trainer(shape: str, rows: list[dict], folder: str, device: str, dtype: 
     return trainer
 
 
-def matmul_rate(shape: str, device: str, dtype: torch.dtype, tokens: int = 1024) -> float:
-    """FLOP/s of plain products at the model's layer shapes, weighed by their work.
+def matmul_rate(shape: str, device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of plain products of many tokens at the model's layer shapes, weighed by their work.
 
     The better of torch.mm and, on a CPU in float32, the engine's own products: the peak is the machine's, not a
     library's.
     """
     from dpo_lora.engine.products import linear
 
-    s = SHAPES[shape]
+    s, tokens = SHAPES[shape], 8192 if device == "cuda" else 1024
     hidden, inter = s["hidden_size"], s["intermediate_size"]
     rates = []
     for product in (lambda x, w, out: torch.mm(x, w.t(), out=out), lambda x, w, out: linear(x, w)):

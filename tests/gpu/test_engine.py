@@ -79,7 +79,7 @@ def stock_and_packed(tmp_path, dtype, name="llama", seed=0, opening=0, shape=Non
 
 
 def test_float32_equals_trl(tmp_path):
-    stock, ours, _, kernel = stock_and_packed(tmp_path, torch.float32)
+    stock, ours, _, kernel = stock_and_packed(tmp_path, torch.float32, shape={"head_dim": 16})
     assert kernel == "flex"
     assert worlds.close(ours[0], stock[0]) < 1e-4
     assert worlds.close(ours[1], stock[1]) < 1e-3
@@ -109,6 +109,7 @@ def test_flash_is_chosen_where_it_serves():
     assert default_kernel(DEVICE, torch.bfloat16, None, 64) == "varlen"
     assert default_kernel(DEVICE, torch.bfloat16, 50.0, 64) == "flex"
     assert default_kernel(DEVICE, torch.float32, None, 64) == "flex"
+    assert default_kernel(DEVICE, torch.float32, None, 8) == "sdpa"
 
 
 def test_a_step_that_does_not_fit_is_cut_until_it_does():
@@ -128,7 +129,15 @@ def test_a_step_that_does_not_fit_is_cut_until_it_does():
 def test_a_training_packed_and_stock(cli, tiny_overrides, words):
     losses = {}
     for engine in ("packed", "stock"):
-        run = cli("train", *tiny_overrides, "train=gpu", "train.pairs_per_step=4", f"train.engine={engine}", *words).run
+        run = cli(
+            "train",
+            *tiny_overrides,
+            "train=gpu",
+            "train.pairs_per_step=4",
+            "train.log_every=1",
+            f"train.engine={engine}",
+            *words,
+        ).run
         manifest = json.loads((run / "run.json").read_text())
         assert manifest["engine"]["engine"] == engine
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -71,8 +71,12 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
 def default_kernel(device: torch.device, dtype: torch.dtype, softcap: float | None, head_dim: int) -> str:
     """The kernel measured or built for this case; see `KERNELS` for the names a caller may force."""
     if device.type == "cuda":
-        flash = dtype in (torch.bfloat16, torch.float16) and softcap is None and head_dim <= 256
-        return "varlen" if flash and varlen_attention.available() else "flex"
+        half = dtype in (torch.bfloat16, torch.float16)
+        if half and softcap is None and head_dim <= 256 and varlen_attention.available():
+            return "varlen"
+        if head_dim >= 16:  # FlexAttention takes no less
+            return "flex"
+        return "sdpa" if softcap is None else "block"
     if softcap is not None or (device.type == "cpu" and dtype == torch.float32):
         return "block"
     return "sdpa"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
-_refused: set[str] = set()  # why kernels cannot be compiled on this machine, once that was seen
+_refused: set[Callable[..., Any]] = set()  # what could not be compiled on this machine, once that was seen
 
 
 def compiled(*dims: int, vectors: bool = False) -> Callable[[Function], Function]:
@@ -28,17 +28,18 @@ def compiled(*dims: int, vectors: bool = False) -> Callable[[Function], Function
 
         @functools.wraps(function)
         def run(*args: Any) -> Any:
-            if not args[0].is_cuda or _refused:
+            if not _first(args).is_cuda or run in _refused:
                 return function(*args)
             call, mark, refusal = kernel()
-            for each in args:
+            for each in (one for arg in args for one in (arg if isinstance(arg, tuple) else (arg,))):
                 if isinstance(each, Tensor) and (vectors or each.dim() > 1):
                     for dim in dims[: each.dim()]:
                         mark(each, dim)
             try:
                 return call(*args)
             except refusal as error:
-                _note(error)
+                _note(function, error)
+                _refused.add(run)
                 return function(*args)
 
         return run  # type: ignore[return-value]
@@ -55,7 +56,11 @@ def _kernel(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[
     return torch.compile(function), dynamo.maybe_mark_dynamic, TorchDynamoException
 
 
-def _note(error: Exception) -> None:
+def _first(args: tuple[Any, ...]) -> Tensor:
+    return _first(args[0]) if isinstance(args[0], tuple) else args[0]
+
+
+def _note(function: Callable[..., Any], error: Exception) -> None:
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    log.warning("Kernels cannot be compiled on this machine, so training is slower than it could be: %s", line)
-    _refused.add(line)
+    name = function.__name__
+    log.warning("%s cannot be compiled on this machine, so training is slower than it could be: %s", name, line)

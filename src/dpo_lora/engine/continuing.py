@@ -19,7 +19,7 @@ from dpo_lora.engine.decoder import read_layers
 from dpo_lora.engine.eligibility import read_facts
 from dpo_lora.engine.head import HeadRule
 from dpo_lora.engine.layer import LayerParts, Rotation
-from dpo_lora.engine.lowrank import Projection, stacked_down, watched
+from dpo_lora.engine.lowrank import Group, project_down, watched
 from dpo_lora.engine.products import linear
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
@@ -104,10 +104,10 @@ class CachedSteps:
             q, keys, values, attn_mask=seen, scale=first.scale, enable_gqa=q.shape[1] != keys.shape[1]
         )
         attended = attended.transpose(1, 2).reshape(len(x), -1)
-        [middle] = _project(attended, [(p.output,) for p in parts], start=x)
+        [middle] = _project(attended, [p.output for p in parts], start=x)
         normed, _ = normalise(middle, first.mlp_norm, first.epsilon)
         gate, up = _project(normed, [p.gate_up for p in parts])
-        [out] = _project(functional.silu(gate).mul_(up), [(p.down,) for p in parts], start=middle)
+        [out] = _project(functional.silu(gate).mul_(up), [p.down for p in parts], start=middle)
         return out
 
     def _keep(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,21 +122,17 @@ class CachedSteps:
         return kept[0][:, :, : self.length], kept[1][:, :, : self.length]
 
 
-def _project(x: Tensor, groups: list[tuple[Projection, ...]], start: Tensor | None = None) -> list[Tensor]:
+def _project(x: Tensor, groups: list[Group], start: Tensor | None = None) -> list[Tensor]:
     """As `lowrank.project`, with the rows' adapters: x [T, in], of which groups[i] have the i-th equal part."""
     outs = []
-    for p in groups[0]:
+    for p in groups[0].members:
         y = linear(x, p.weight, start)
         outs.append(y if p.bias is None else y.add_(p.bias))
     share = len(x) // len(groups)
     for number, group in enumerate(groups):
         rows = slice(number * share, (number + 1) * share)
-        down = stacked_down(group)
-        low = None if down is None else linear(x[rows], down)
-        rank_at = 0
-        for y, p in zip(outs, group, strict=True):
-            if p.down is not None:
-                rank = len(p.down)
-                y[rows].addmm_(low[:, rank_at : rank_at + rank], p.up.t(), alpha=p.scale)
-                rank_at += rank
+        low = project_down(x[rows], group)
+        for y, p, ranks in zip(outs, group.members, group.ranks(), strict=True):
+            if ranks is not None:
+                y[rows].addmm_(low[:, ranks], p.up.t())
     return outs

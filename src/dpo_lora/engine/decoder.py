@@ -6,7 +6,6 @@ pass, so a switched adapter, a merged weight or a new hook is seen.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -18,7 +17,7 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from dpo_lora.engine import cpu_passes, gpu_passes
 from dpo_lora.engine.layer import LayerParts, Rotation, run_layer
-from dpo_lora.engine.lowrank import Projection, read_projection, watched
+from dpo_lora.engine.lowrank import Projection, prepared, read_projection, watched
 from dpo_lora.engine.packing import PairPlan
 
 _FAMILIES = {
@@ -58,7 +57,7 @@ def run_decoder(backbone: nn.Module, plan: PairPlan, recompute: bool = False) ->
         half = cos.shape[-1] // 2
         rotation = Rotation(*(t[0, :, None, :half].contiguous() for t in (cos, sin)))
         x = x[0]
-        for parts in _in_one_format(layers):
+        for parts in layers:
             x = run_layer(x, parts, rotation, plan)
         return _FinalNorm.apply(x, backbone.norm.weight, backbone.norm.variance_epsilon, layers[0].passes)
 
@@ -69,34 +68,28 @@ def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts
     passes = passes_for(backbone.get_input_embeddings().weight)
     if family is None or passes is None or not _is_norm(backbone.norm, family) or watched(backbone):
         return None
-    layers = []
-    for layer in backbone.layers[: backbone.config.num_hidden_layers]:
-        parts = _read_layer(layer, family, passes, recompute)
-        if parts is None:
-            return None
-        layers.append(parts)
-    return layers
-
-
-def _in_one_format(layers: list[LayerParts]) -> list[LayerParts]:
-    """The layers with their LoRA weights in the base weights' format: all are cast at once, anew for each pass."""
-    dtype = layers[0].qkv[0].weight.dtype
-    trained = [w.detach() for parts in layers for w in parts.adapters if w is not None]
-    if all(w.dtype == dtype for w in trained):
-        return layers
-    flat = torch.cat([w.reshape(-1) for w in trained]).to(dtype)
-    pieces = iter(flat.split([w.numel() for w in trained]))
-
-    def cast(p: Projection) -> Projection:
-        if p.down is None:
-            return p
-        return replace(p, down=next(pieces).view_as(p.down), up=next(pieces).view_as(p.up))
-
-    def cast_layer(parts: LayerParts) -> LayerParts:
-        q, k, v, output, gate, up, down = (cast(p) for p in parts.projections())
-        return replace(parts, qkv=(q, k, v), output=output, gate_up=(gate, up), down=down)
-
-    return [cast_layer(parts) for parts in layers]
+    layers = backbone.layers[: backbone.config.num_hidden_layers]
+    read = [_read_layer(layer, family, passes) for layer in layers]
+    if any(projections is None for projections in read):
+        return None
+    groups = iter(prepared([group for q, k, v, o, g, u, d in read for group in ((q, k, v), (o,), (g, u), (d,))]))
+    return [
+        LayerParts(
+            attention_norm=layer.input_layernorm.weight,
+            mlp_norm=layer.post_attention_layernorm.weight,
+            epsilon=layer.input_layernorm.variance_epsilon,
+            qkv=next(groups),
+            output=next(groups),
+            gate_up=next(groups),
+            down=next(groups),
+            adapters=tuple(weight for p in projections for weight in (p.down, p.up)),
+            head_dim=layer.self_attn.head_dim,
+            scale=layer.self_attn.scaling,
+            passes=passes,
+            recompute=recompute,
+        )
+        for layer, projections in zip(layers, read, strict=True)
+    ]
 
 
 def _is_norm(module: nn.Module, family: str) -> bool:
@@ -104,7 +97,8 @@ def _is_norm(module: nn.Module, family: str) -> bool:
     return type(module) is expected and not module.weight.requires_grad and not watched(module)
 
 
-def _read_layer(layer: nn.Module, family: str, passes: ModuleType, recompute: bool) -> LayerParts | None:
+def _read_layer(layer: nn.Module, family: str, passes: ModuleType) -> list[Projection] | None:
+    """q, k, v, output, gate, up and down, or None if the layer is not exactly as expected."""
     module = _FAMILIES[family]
     attention, mlp = layer.self_attn, layer.mlp
     kinds = {layer: f"{family}DecoderLayer", attention: f"{family}Attention", mlp: f"{family}MLP"}
@@ -119,22 +113,7 @@ def _read_layer(layer: nn.Module, family: str, passes: ModuleType, recompute: bo
     read = [read_projection(linear, mixed=passes is gpu_passes) for linear in linears]
     if any(p is None or p.weight.dtype != layer.input_layernorm.weight.dtype for p in read):
         return None
-    if attention.attention_dropout and attention.training:
-        return None
-    return LayerParts(
-        attention_norm=layer.input_layernorm.weight,
-        mlp_norm=layer.post_attention_layernorm.weight,
-        epsilon=layer.input_layernorm.variance_epsilon,
-        qkv=(read[0], read[1], read[2]),
-        output=read[3],
-        gate_up=(read[4], read[5]),
-        down=read[6],
-        adapters=tuple(w for p in read for w in (p.down, p.up)),
-        head_dim=attention.head_dim,
-        scale=attention.scaling,
-        passes=passes,
-        recompute=recompute,
-    )
+    return None if attention.attention_dropout and attention.training else read
 
 
 class _FinalNorm(torch.autograd.Function):

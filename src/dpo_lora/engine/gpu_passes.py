@@ -92,13 +92,24 @@ def attend_backward(
     segments = segments_of(plan)
     keys, values = k[segments.key_rows], v[segments.key_rows]
     d_query, d_keys, d_values = flash_backward(grad, q, keys, values, out, levels, segments, scale)
-    return d_query, *(_scattered(part, segments, k) for part in (d_keys, d_values))
+    d_key, d_value = _put_back(d_keys, d_values, segments.own, segments.again)
+    if len(segments.opening):
+        for gathered, total in ((d_keys, d_key), (d_values, d_value)):
+            part = gathered[segments.opening].float().sum(0)
+            total[: len(part)] = (total[: len(part)].float() + part).to(total.dtype)
+    return d_query, d_key, d_value
 
 
-def _scattered(part: Tensor, segments: Segments, like: Tensor) -> Tensor:
-    """Gradients of gathered rows [K, ...] summed, in float32, where they were gathered from [T, ...]."""
-    total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-    return total.index_add_(0, segments.key_rows, part.float()).to(like.dtype)
+@compiled(0, vectors=True)
+def _put_back(d_keys: Tensor, d_values: Tensor, own: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gathered keys and values [K, Hkv, D] summed where they were gathered from, [T, Hkv, D]."""
+    twice = (again >= 0).unsqueeze(1).unsqueeze(1)
+    other = again.clamp(0)
+
+    def total(part: Tensor) -> Tensor:
+        return (part[own].float() + torch.where(twice, part[other].float(), 0.0)).to(part.dtype)
+
+    return total(d_keys), total(d_values)
 
 
 def flash(q: Tensor, keys: Tensor, values: Tensor, s: Segments, scale: float) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,6 @@ class Sums(NamedTuple):
     square_sum: Tensor
 
 
-@compiled(0, 1, vectors=True)
 def fold_tile(
     logits: Tensor, local: Tensor, sums: Sums, scale: float, softcap: float | None, gradient: bool
 ) -> tuple[Sums, Tensor | None, Tensor]:
@@ -42,29 +41,57 @@ def fold_tile(
         The new sums, e^(z - peak) [N, W] in the logits' format (times the slope of the soft cap), and what earlier
         such weights are to be multiplied by [N].
     """
+    tile_peak, *read = _read(logits, local, scale, softcap)
+    peak = torch.maximum(sums.peak, tile_peak)
+    weights, *weighed = _weigh(logits, peak, scale, softcap, gradient)
+    *folded, rescale = _merge(sums, peak, *read, *weighed)
+    return Sums(*folded), weights, rescale
+
+
+def _capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     z = logits.float()
     if scale != 1.0:
         z = z * scale
-    if softcap is not None:
-        z = torch.tanh(z / softcap) * softcap
-    column, label = torch.arange(z.shape[1], device=z.device), local[:, None]
-    label_logit = sums.label_logit + torch.where(column == label, z, 0.0).sum(1)
-    before_label = torch.maximum(sums.before_label, torch.where(column < label, z, float("-inf")).amax(1))
-    peak = torch.maximum(sums.peak, z.amax(1))
+    return z if softcap is None else torch.tanh(z / softcap) * softcap
+
+
+# Three kernels and not one: with the sums' own arithmetic between its reductions Triton 3.6 does not compile it.
+@compiled(0, 1, vectors=True)
+def _read(logits: Tensor, local: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, ...]:
+    z = _capped(logits, scale, softcap)
+    column, label = torch.arange(z.shape[1], device=z.device), local.unsqueeze(1)
+    label_logit = torch.where(column == label, z, 0.0).sum(1)
+    before_label = torch.where(column < label, z, float("-inf")).amax(1)
+    return z.amax(1), label_logit, before_label, z.sum(1)
+
+
+@compiled(0, 1, vectors=True)
+def _weigh(
+    logits: Tensor, peak: Tensor, scale: float, softcap: float | None, gradient: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    z = _capped(logits, scale, softcap)
+    shifted = z - peak.unsqueeze(1)
+    e = torch.exp(shifted)
+    weights = None
+    if gradient:
+        weights = (e if softcap is None else e * (1 - (z / softcap) ** 2)).to(logits.dtype)
+    return weights, e.sum(1), (e * shifted).sum(1), (e * e).sum(1)
+
+
+@compiled(0, vectors=True)
+def _merge(
+    sums: Sums, peak: Tensor, label: Tensor, before: Tensor, logits: Tensor, total: Tensor, entropy: Tensor,
+    square: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     moved = torch.where(torch.isinf(sums.peak), 0.0, sums.peak - peak)  # before the first tile there is nothing to move
     rescale = torch.exp(sums.peak - peak)
-    shifted = z - peak[:, None]
-    e = torch.exp(shifted)
-    folded = Sums(
+    return (
         peak,
-        sums.total * rescale + e.sum(1),
-        label_logit,
-        before_label,
-        sums.logit_sum + z.sum(1),
-        (sums.entropy_sum + moved * sums.total) * rescale + (e * shifted).sum(1),
-        sums.square_sum * rescale**2 + (e * e).sum(1),
+        sums.total * rescale + total,
+        sums.label_logit + label,
+        torch.maximum(sums.before_label, before),
+        sums.logit_sum + logits,
+        (sums.entropy_sum + moved * sums.total) * rescale + entropy,
+        sums.square_sum * rescale**2 + square,
+        rescale,
     )
-    if not gradient:
-        return folded, None, rescale
-    weights = e if softcap is None else e * (1 - (z / softcap) ** 2)
-    return folded, weights.to(logits.dtype), rescale

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dpo_lora.engine.lowrank import Projection, project, project_backward, project_down
+from dpo_lora.engine.lowrank import Group, project, project_backward, project_down
 from dpo_lora.engine.packing import PairPlan
 
 
@@ -24,27 +24,23 @@ from dpo_lora.engine.packing import PairPlan
 class LayerParts:
     """The parts of one layer. norm weights [hidden].
 
-    adapters: the trained LoRA weights, of every projection down and up; None where it has none. The projections hold
-        them in the format that products are made in.
+    adapters: the trained LoRA weights, of every projection down and up; None where it has none. The groups hold them
+        in the format that products are made in.
     passes: `cpu_passes` or `gpu_passes`.
     """
 
     attention_norm: Tensor
     mlp_norm: Tensor
     epsilon: float
-    qkv: tuple[Projection, Projection, Projection]
-    output: Projection
-    gate_up: tuple[Projection, Projection]
-    down: Projection
+    qkv: Group
+    output: Group
+    gate_up: Group
+    down: Group
     adapters: tuple[Tensor | None, ...]
     head_dim: int
     scale: float
     passes: ModuleType
     recompute: bool = False
-
-    def projections(self) -> tuple[Projection, ...]:
-        """All of them, in the order that `adapters` has."""
-        return (*self.qkv, self.output, *self.gate_up, self.down)
 
 
 @dataclass(frozen=True)
@@ -96,15 +92,15 @@ def _forward(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan, a
     q, k = passes.rotate(q, k, rotation.cos, rotation.sin, 1.0)
     attended, levels = passes.attend(q, k, v, plan, parts.scale)
     [attended] = _flat([attended])
-    [middle], low_out = project(attended, (parts.output,), start=x)
+    [middle], low_out = project(attended, parts.output, start=x)
     normed, inverse2 = passes.normalise(middle, parts.mlp_norm, parts.epsilon)
     (gate, up), low_gate_up = project(normed, parts.gate_up)
     del normed
     active = passes.gated(gate, up)
     if again:
-        out, low_down = None, project_down(active, (parts.down,))
+        out, low_down = None, project_down(active, parts.down)
     else:
-        [out], low_down = project(active, (parts.down,), start=middle)
+        [out], low_down = project(active, parts.down, start=middle)
     empty = x.new_empty(0)
     lows = (empty if low is None else low for low in (low_qkv, low_out, low_gate_up, low_down))
     return out, (inverse1, q, k, v, attended, levels, middle, inverse2, gate, up, *lows)
@@ -118,7 +114,7 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     )
     # the MLP's inside is made again, it costs one pass and is as wide as gate
     active, slope = passes.gated_again(gate, up)
-    d_active, down_grads = project_backward([grad], active, low_down, (parts.down,))
+    d_active, down_grads = project_backward([grad], active, low_down, parts.down)
     del active
     d_gate, d_up = passes.gated_backward(d_active, gate, up, slope)
     del d_active, slope
@@ -127,7 +123,7 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     del d_gate, d_up
     d_middle = passes.normalise_backward(d_normed, middle, inverse2, parts.mlp_norm, grad)
 
-    d_attended, out_grads = project_backward([d_middle], attended, low_out, (parts.output,))
+    d_attended, out_grads = project_backward([d_middle], attended, low_out, parts.output)
     d_attended, attended = _heads([d_attended, attended], parts)
     d_q, d_k, d_v = passes.attend_backward(d_attended, q, k, v, attended, levels, plan, parts.scale)
     d_q, d_k = passes.rotate(d_q, d_k, rotation.cos, rotation.sin, -1.0)

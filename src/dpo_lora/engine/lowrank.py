@@ -1,21 +1,21 @@
 """Linear layers with LoRA, by hand: several that read the same input are computed together, in the buffers
 given.
 
-    y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T
+    y_i = x W_i^T + b_i + (x (s_i A_i)^T) B_i^T
 
-Only W's product and four narrow ones remain; the A's are stacked to one product; the sums happen inside the
+Only W's product and narrow ones remain; the scaled A's are stacked to one product; the sums happen inside the
 matrix products (beta = 1), so no intermediate [T, out] tensor is made. Weights and biases are frozen.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from dpo_lora.engine.products import linear, outer
+from dpo_lora.engine.products import into, linear, outer
 
 
 @dataclass(frozen=True)
@@ -77,71 +77,97 @@ def watched(*modules: nn.Module) -> bool:
     )
 
 
-def stacked_down(group: tuple[Projection, ...]) -> Tensor | None:
-    """The group's LoRA A's, [sum of ranks, in]; None without LoRA."""
-    downs = [p.down for p in group if p.down is not None]
-    if not downs:
-        return None
-    return downs[0] if len(downs) == 1 else torch.cat(downs)
+@dataclass(frozen=True)
+class Group:
+    """Projections that read the same input. down: their LoRA A's, each times its scale, [sum of ranks, in]; None
+    without LoRA."""
+
+    members: tuple[Projection, ...]
+    down: Tensor | None = None
+
+    def ranks(self) -> list[slice | None]:
+        """Each member's rows in `down`."""
+        found: list[slice | None] = []
+        at = 0
+        for p in self.members:
+            rank = 0 if p.down is None else len(p.down)
+            found.append(slice(at, at + rank) if rank else None)
+            at += rank
+        return found
 
 
-def project_down(x: Tensor, group: tuple[Projection, ...]) -> Tensor | None:
-    """x [T, in] -> x A^T [T, sum of ranks]; None without LoRA."""
-    down = stacked_down(group)
-    return None if down is None else linear(x, down)
+@torch.no_grad()
+def prepared(groups: list[tuple[Projection, ...]]) -> list[Group]:
+    """The groups with their LoRA weights as products want them: A's scaled and stacked, all in the weights' format.
+
+    All are copied, scaled and cast together, in a few operations however many there are.
+    """
+    adapted = [p for group in groups for p in group if p.down is not None]
+    if not adapted:
+        return [Group(group) for group in groups]
+    dtype = adapted[0].weight.dtype
+    downs = torch.cat([p.down.reshape(-1) for p in adapted])
+    if len({p.scale for p in adapted}) == 1:
+        downs.mul_(adapted[0].scale)
+    else:
+        for piece, p in zip(downs.split([p.down.numel() for p in adapted]), adapted, strict=True):
+            piece.mul_(p.scale)
+    downs = downs.to(dtype)
+    ups = [p.up.detach() for p in adapted]
+    if ups[0].dtype != dtype:
+        flat = torch.cat([up.reshape(-1) for up in ups]).to(dtype)
+        ups = [piece.view_as(up) for piece, up in zip(flat.split([up.numel() for up in ups]), ups, strict=True)]
+    made, at, up = [], 0, iter(ups)
+    for group in groups:
+        ranks = sum(len(p.down) for p in group if p.down is not None)
+        size = ranks * group[0].weight.shape[1]
+        members = tuple(p if p.down is None else replace(p, up=next(up)) for p in group)
+        made.append(Group(members, downs[at : at + size].view(ranks, -1) if ranks else None))
+        at += size
+    return made
 
 
-def project(
-    x: Tensor, group: tuple[Projection, ...], start: Tensor | None = None
-) -> tuple[list[Tensor], Tensor | None]:
-    """x [T, in] -> (y_i [T, out_i] of each, x A^T [T, sum of ranks]); `start` [T, out] is added (a single
-    projection)."""
+def project_down(x: Tensor, group: Group) -> Tensor | None:
+    """x [T, in] -> s x A^T [T, sum of ranks]; None without LoRA."""
+    return None if group.down is None else linear(x, group.down)
+
+
+def project(x: Tensor, group: Group, start: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+    """x [T, in] -> (y_i [T, out_i] of each, `project_down`'s); `start` [T, out] is added (a single projection)."""
     low = project_down(x, group)
     outs: list[Tensor] = []
-    rank_at = 0
-    for p in group:
+    for p, ranks in zip(group.members, group.ranks(), strict=True):
         y = linear(x, p.weight, start)
         if p.bias is not None:
             y.add_(p.bias)
-        if p.down is not None:
-            rank = len(p.down)
-            y.addmm_(low[:, rank_at : rank_at + rank], p.up.t(), alpha=p.scale)
-            rank_at += rank
+        if ranks is not None:
+            y.addmm_(low[:, ranks], p.up.t())
         outs.append(y)
     return outs, low
 
 
 def project_backward(
-    grads: list[Tensor], x: Tensor, low: Tensor | None, group: tuple[Projection, ...], need_input: bool = True
+    grads: list[Tensor], x: Tensor, low: Tensor | None, group: Group, need_input: bool = True
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """grads [T, out_i] of each, x [T, in], low from `project` -> (dx [T, in], [dA_1, dB_1, dA_2, ...])."""
-    down = stacked_down(group)
     low_grad = None if low is None else torch.empty_like(low)
     dx: Tensor | None = None
     ups: list[Tensor | None] = []
-    rank_at = 0
-    for grad, p in zip(grads, group, strict=True):
+    for grad, p, ranks in zip(grads, group.members, group.ranks(), strict=True):
         if need_input:
             dx = linear(grad, p.weight.t(), dx)
-        if p.down is None:
+        if ranks is None:
             ups.append(None)
             continue
-        ranks = slice(rank_at, rank_at + len(p.down))
-        torch.mul(linear(grad, p.up.t()), p.scale, out=low_grad[:, ranks])
-        ups.append(outer(low[:, ranks], grad, p.trained).t().mul(p.scale))
-        rank_at += len(p.down)
+        into(low_grad[:, ranks], grad, p.up.t())
+        ups.append(outer(grad, low[:, ranks], p.trained))
     if low is None:
-        return dx, [None] * (2 * len(group))
+        return dx, [None] * (2 * len(grads))
     if dx is not None:
-        dx.addmm_(low_grad, down)
-    trained = next(p.trained for p in group if p.down is not None)
-    down_grad = outer(low_grad, x, trained)
+        dx.addmm_(low_grad, group.down)
+    trained = next(p.trained for p in group.members if p.trained is not None)
+    downs = outer(low_grad, x, trained)
     weights: list[Tensor | None] = []
-    rank_at = 0
-    for p, up in zip(group, ups, strict=True):
-        if p.down is None:
-            weights += [None, None]
-        else:
-            weights += [down_grad[rank_at : rank_at + len(p.down)], up]
-            rank_at += len(p.down)
+    for p, up, ranks in zip(group.members, ups, group.ranks(), strict=True):
+        weights += [None if ranks is None else downs[ranks].mul_(p.scale), up]
     return dx, weights

@@ -42,10 +42,20 @@ def linear(x: Tensor, weight: Tensor, start: Tensor | None = None) -> Tensor:
     return torch.mm(x, weight.t()) if start is None else torch.addmm(start, x, weight.t())
 
 
+def into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """`linear` written into ``out`` [T, out], which may be columns of a wider tensor."""
+    if x.is_cuda:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        out.copy_(linear(x, weight))
+
+
 def outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left [T, n], right [T, m] -> left^T right [n, m] in ``dtype``, the sum over T unrounded before that."""
-    if left.dtype is dtype:
-        return linear(left.t().contiguous(), right.t())
     if left.is_cuda:
-        return torch.mm(left.t(), right, out_dtype=dtype)
-    return torch.mm(left.t().to(dtype), right.to(dtype))
+        return torch.mm(left.t(), right) if left.dtype is dtype else torch.mm(left.t(), right, out_dtype=dtype)
+    if left.dtype is not dtype:
+        left, right = left.to(dtype), right.to(dtype)
+    if left.shape[1] > right.shape[1]:  # the narrower one is copied
+        return linear(right.t().contiguous(), left.t()).t()
+    return linear(left.t().contiguous(), right.t())

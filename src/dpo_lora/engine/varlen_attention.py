@@ -12,6 +12,7 @@ import inspect
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class Segments(NamedTuple):
     """Cumulative lengths for the flash kernel and where each key comes from. S segments, K gathered keys.
 
     cu_q, cu_k: [S + 1] int32; max_q, max_k: longest segment; key_rows: [K] row position of each gathered key.
+    Where each of the row's T positions went: own: [T] its key among the gathered ones in its own run; again: [T] the
+    same in the other answer's run, for what a pair shares, else -1; opening: [runs, positions] for the opening's.
     """
 
     cu_q: Tensor
@@ -29,6 +32,9 @@ class Segments(NamedTuple):
     max_q: int
     max_k: int
     key_rows: Tensor
+    own: Tensor
+    again: Tensor
+    opening: Tensor
 
 
 def segments_of(plan: PairPlan) -> Segments:
@@ -39,14 +45,28 @@ def segments_of(plan: PairPlan) -> Segments:
         return known
     queries = [run.count for run in plan.runs]
     keys = [run.seen + run.count for run in plan.runs]
-    pieces = [piece for run in plan.runs for piece in (*run.before, (run.first, run.count))]
-    rows = [torch.arange(first, first + length) for first, length in pieces]
+    rows, own, again = [], np.empty(plan.tokens, np.int64), np.full(plan.tokens, -1)
+    opening = []
+    at = 0
+    for run in plan.runs:
+        for first, length in (*run.before, (run.first, run.count)):
+            rows.append(np.arange(first, first + length))
+            places = np.arange(at, at + length)
+            if first == run.first:
+                own[first : first + length] = places
+            elif first < plan.opening:
+                opening.append(places)
+            else:
+                again[first : first + length] = places
+            at += length
     device = plan.input_ids.device
 
     def cumulative(lengths: list[int]) -> Tensor:
         return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
-    made = Segments(cumulative(queries), cumulative(keys), max(queries), max(keys), torch.cat(rows).to(device))
+    opened = np.stack(opening) if opening else np.empty((0, plan.opening), np.int64)
+    places_of = (torch.from_numpy(each).to(device) for each in (np.concatenate(rows), own, again, opened))
+    made = Segments(cumulative(queries), cumulative(keys), max(queries), max(keys), *places_of)
     plan.notes["segments"] = made
     return made
 
@@ -153,10 +173,13 @@ def flex_pairs(
     def cap(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)
 
-    out = _flex()(
-        query, key, value, score_mod=None if softcap is None else cap, block_mask=plan.notes["block_mask"], scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    with torch._dynamo.config.patch(
+        recompile_limit=64
+    ):  # rows of a block, of blocks, with an opening, in other formats
+        out = _flex()(
+            query, key, value, score_mod=None if softcap is None else cap, block_mask=plan.notes["block_mask"],
+            scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
     return out.transpose(1, 2)
 
 
