@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # Tokens in memory at a time to start from and to grow to. On a CPU matrix products gain nothing past some
 # hundred rows while buffers leave the cache (measured: docs/performance.md); a GPU is filled until it refuses.
 CPU_TOKENS = (1280, 1280)
-GPU_TOKENS = (4096, 65536)
+GPU_TOKENS = (8192, 16384)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _refused: set[Callable[..., Any]] = set()  # what could not be compiled on this machine, once that was seen
 
 
-def compiled(*dims: int, vectors: bool = False) -> Callable[[Function], Function]:
+def compiled(*dims: int) -> Callable[[Function], Function]:
     """A decorator: the function by torch.compile where its first argument is on a GPU.
 
     Args:
-        dims: dimensions of its matrices whose size changes from call to call. The compiler is told, or it would
-            compile once for a size and again for all.
-        vectors: whether the length of its vectors changes, too.
+        dims: dimensions whose size changes from call to call, of the tensors that are arguments themselves; those
+            within tuples (weights) keep theirs. The compiler is told, or it would compile once for a size and again
+            for all.
     """
 
     def decorate(function: Function) -> Function:
@@ -28,11 +28,11 @@ def compiled(*dims: int, vectors: bool = False) -> Callable[[Function], Function
 
         @functools.wraps(function)
         def run(*args: Any) -> Any:
-            if not _first(args).is_cuda or run in _refused:
+            if not args[0].is_cuda or run in _refused:
                 return function(*args)
             call, mark, refusal = kernel()
-            for each in (one for arg in args for one in (arg if isinstance(arg, tuple) else (arg,))):
-                if isinstance(each, Tensor) and (vectors or each.dim() > 1):
+            for each in args:
+                if isinstance(each, Tensor):
                     for dim in dims[: each.dim()]:
                         mark(each, dim)
             try:
@@ -54,10 +54,6 @@ def _kernel(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[
     from torch._dynamo.exc import TorchDynamoException
 
     return torch.compile(function), dynamo.maybe_mark_dynamic, TorchDynamoException
-
-
-def _first(args: tuple[Any, ...]) -> Tensor:
-    return _first(args[0]) if isinstance(args[0], tuple) else args[0]
 
 
 def _note(function: Callable[..., Any], error: Exception) -> None:

@@ -1,15 +1,20 @@
 """What a decoder layer computes besides its matrix products, on a CPU: in place wherever a tensor is not needed again.
 
-`gpu_passes.py` has the same functions for a GPU; `layer.py` puts either between the products.
+`gpu_passes.py` has the same functions for a GPU; `layer.py` puts either between the products. Here the attention reads
+keys and values where they lie, so that nothing is gathered and put back.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from dpo_lora.engine.flash_attention import attend, attend_backward
+from dpo_lora.engine.packing import PairPlan
 
 __all__ = [
     "attend",
@@ -17,11 +22,35 @@ __all__ = [
     "gated",
     "gated_again",
     "gated_backward",
+    "gathered",
     "normalise",
     "normalise_again",
     "normalise_backward",
+    "places",
+    "put_back",
     "rotate",
+    "run",
 ]
+
+
+def run(part: Callable[..., Any], *args: Any) -> Any:
+    """A layer's part as it is written."""
+    return part(*args)
+
+
+def places(plan: PairPlan) -> tuple[None, None, None]:
+    """Nothing is gathered."""
+    return None, None, None
+
+
+def gathered(k: Tensor, v: Tensor, key_rows: None) -> tuple[Tensor, Tensor]:
+    """Keys and values as the attention takes them: as they are."""
+    return k, v
+
+
+def put_back(d_k: Tensor, d_v: Tensor, own: None, again: None) -> tuple[Tensor, Tensor]:
+    """The inverse of `gathered`, for gradients."""
+    return d_k, d_v
 
 
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

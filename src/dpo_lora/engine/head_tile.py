@@ -44,7 +44,7 @@ def fold_tile(
     tile_peak, *read = _read(logits, local, scale, softcap)
     peak = torch.maximum(sums.peak, tile_peak)
     weights, *weighed = _weigh(logits, peak, scale, softcap, gradient)
-    *folded, rescale = _merge(sums, peak, *read, *weighed)
+    *folded, rescale = _merge(*sums, peak, *read, *weighed)
     return Sums(*folded), weights, rescale
 
 
@@ -56,7 +56,7 @@ def _capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 # Three kernels and not one: with the sums' own arithmetic between its reductions Triton 3.6 does not compile it.
-@compiled(0, 1, vectors=True)
+@compiled(0, 1)
 def _read(logits: Tensor, local: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, ...]:
     z = _capped(logits, scale, softcap)
     column, label = torch.arange(z.shape[1], device=z.device), local.unsqueeze(1)
@@ -65,7 +65,7 @@ def _read(logits: Tensor, local: Tensor, scale: float, softcap: float | None) ->
     return z.amax(1), label_logit, before_label, z.sum(1)
 
 
-@compiled(0, 1, vectors=True)
+@compiled(0, 1)
 def _weigh(
     logits: Tensor, peak: Tensor, scale: float, softcap: float | None, gradient: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
@@ -78,20 +78,21 @@ def _weigh(
     return weights, e.sum(1), (e * shifted).sum(1), (e * e).sum(1)
 
 
-@compiled(0, vectors=True)
+@compiled(0)
 def _merge(
-    sums: Sums, peak: Tensor, label: Tensor, before: Tensor, logits: Tensor, total: Tensor, entropy: Tensor,
+    earlier_peak: Tensor, totals: Tensor, labels: Tensor, befores: Tensor, sums: Tensor, entropies: Tensor,
+    squares: Tensor, peak: Tensor, label: Tensor, before: Tensor, logits: Tensor, total: Tensor, entropy: Tensor,
     square: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    moved = torch.where(torch.isinf(sums.peak), 0.0, sums.peak - peak)  # before the first tile there is nothing to move
-    rescale = torch.exp(sums.peak - peak)
+    moved = torch.where(torch.isinf(earlier_peak), 0.0, earlier_peak - peak)  # at the first tile nothing is moved
+    rescale = torch.exp(earlier_peak - peak)
     return (
         peak,
-        sums.total * rescale + total,
-        sums.label_logit + label,
-        torch.maximum(sums.before_label, before),
-        sums.logit_sum + logits,
-        (sums.entropy_sum + moved * sums.total) * rescale + entropy,
-        sums.square_sum * rescale**2 + square,
+        totals * rescale + total,
+        labels + label,
+        torch.maximum(befores, before),
+        sums + logits,
+        (entropies + moved * totals) * rescale + entropy,
+        squares * rescale**2 + square,
         rescale,
     )

@@ -9,29 +9,27 @@ matrix products (beta = 1), so no intermediate [T, out] tensor is made. Weights 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from dpo_lora.engine.products import into, linear, outer
+from dpo_lora.engine.products import linear, outer
 
 
 @dataclass(frozen=True)
 class Projection:
     """One linear layer: weight [out, in], bias [out] or None; LoRA down [r, in], up [out, r] and scale, or
-    None.
-
-    trained: the format that the LoRA weights are trained in and their gradients come in.
-    """
+    None."""
 
     weight: Tensor
     bias: Tensor | None
     down: Tensor | None = None
     up: Tensor | None = None
     scale: float = 1.0
-    trained: torch.dtype | None = None
 
 
 def read_projection(module: nn.Module, mixed: bool = False) -> Projection | None:
@@ -61,7 +59,7 @@ def read_projection(module: nn.Module, mixed: bool = False) -> Projection | None
     same = down.weight.dtype == up.weight.dtype and up.weight.dtype in accepted
     if not plain or dropped or not same or name in module.lora_variant or watched(module, down, up, dropout):
         return None
-    return Projection(base.weight, base.bias, down.weight, up.weight, float(module.scaling[name]), up.weight.dtype)
+    return Projection(base.weight, base.bias, down.weight, up.weight, float(module.scaling[name]))
 
 
 def _frozen(linear: nn.Linear) -> Projection | None:
@@ -77,20 +75,27 @@ def watched(*modules: nn.Module) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Group:
-    """Projections that read the same input. down: their LoRA A's, each times its scale, [sum of ranks, in]; None
-    without LoRA."""
+class Group(NamedTuple):
+    """Projections that read the same input, their LoRA weights as products want them.
 
-    members: tuple[Projection, ...]
-    down: Tensor | None = None
+    weights [out, in] and biases [out] of each; down: the LoRA A's, each times its scale, [sum of ranks, in], None
+    without LoRA; ups: the B's [out, r], None for a projection without LoRA; scales; trained: the format that the LoRA
+    weights are trained in and their gradients come in.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    down: Tensor | None
+    ups: tuple[Tensor | None, ...]
+    scales: tuple[float, ...]
+    trained: torch.dtype | None
 
     def ranks(self) -> list[slice | None]:
-        """Each member's rows in `down`."""
+        """Each projection's rows in `down`."""
         found: list[slice | None] = []
         at = 0
-        for p in self.members:
-            rank = 0 if p.down is None else len(p.down)
+        for up in self.ups:
+            rank = 0 if up is None else up.shape[1]
             found.append(slice(at, at + rank) if rank else None)
             at += rank
         return found
@@ -104,7 +109,7 @@ def prepared(groups: list[tuple[Projection, ...]]) -> list[Group]:
     """
     adapted = [p for group in groups for p in group if p.down is not None]
     if not adapted:
-        return [Group(group) for group in groups]
+        return [_group(group, None, iter(())) for group in groups]
     dtype = adapted[0].weight.dtype
     downs = torch.cat([p.down.reshape(-1) for p in adapted])
     if len({p.scale for p in adapted}) == 1:
@@ -121,10 +126,20 @@ def prepared(groups: list[tuple[Projection, ...]]) -> list[Group]:
     for group in groups:
         ranks = sum(len(p.down) for p in group if p.down is not None)
         size = ranks * group[0].weight.shape[1]
-        members = tuple(p if p.down is None else replace(p, up=next(up)) for p in group)
-        made.append(Group(members, downs[at : at + size].view(ranks, -1) if ranks else None))
+        made.append(_group(group, downs[at : at + size].view(ranks, -1) if ranks else None, up))
         at += size
     return made
+
+
+def _group(members: tuple[Projection, ...], down: Tensor | None, ups: Iterator[Tensor]) -> Group:
+    return Group(
+        weights=tuple(p.weight for p in members),
+        biases=tuple(p.bias for p in members),
+        down=down,
+        ups=tuple(None if p.down is None else next(ups) for p in members),
+        scales=tuple(p.scale for p in members),
+        trained=next((p.up.dtype for p in members if p.up is not None), None),
+    )
 
 
 def project_down(x: Tensor, group: Group) -> Tensor | None:
@@ -136,12 +151,12 @@ def project(x: Tensor, group: Group, start: Tensor | None = None) -> tuple[list[
     """x [T, in] -> (y_i [T, out_i] of each, `project_down`'s); `start` [T, out] is added (a single projection)."""
     low = project_down(x, group)
     outs: list[Tensor] = []
-    for p, ranks in zip(group.members, group.ranks(), strict=True):
-        y = linear(x, p.weight, start)
-        if p.bias is not None:
-            y.add_(p.bias)
+    for weight, bias, up, ranks in zip(group.weights, group.biases, group.ups, group.ranks(), strict=True):
+        y = linear(x, weight, start)
+        if bias is not None:
+            y.add_(bias)
         if ranks is not None:
-            y.addmm_(low[:, ranks], p.up.t())
+            y.addmm_(low[:, ranks], up.t())
         outs.append(y)
     return outs, low
 
@@ -150,24 +165,22 @@ def project_backward(
     grads: list[Tensor], x: Tensor, low: Tensor | None, group: Group, need_input: bool = True
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """grads [T, out_i] of each, x [T, in], low from `project` -> (dx [T, in], [dA_1, dB_1, dA_2, ...])."""
-    low_grad = None if low is None else torch.empty_like(low)
     dx: Tensor | None = None
-    ups: list[Tensor | None] = []
-    for grad, p, ranks in zip(grads, group.members, group.ranks(), strict=True):
-        if need_input:
-            dx = linear(grad, p.weight.t(), dx)
-        if ranks is None:
-            ups.append(None)
-            continue
-        into(low_grad[:, ranks], grad, p.up.t())
-        ups.append(outer(grad, low[:, ranks], p.trained))
+    if need_input:
+        for grad, weight in zip(grads, group.weights, strict=True):
+            dx = linear(grad, weight.t(), dx)
     if low is None:
         return dx, [None] * (2 * len(grads))
+    adapted = [(grad, up) for grad, up in zip(grads, group.ups, strict=True) if up is not None]
+    parts = [linear(grad, up.t()) for grad, up in adapted]
+    low_grad = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if dx is not None:
         dx.addmm_(low_grad, group.down)
-    trained = next(p.trained for p in group.members if p.trained is not None)
-    downs = outer(low_grad, x, trained)
+    downs = outer(low_grad, x, group.trained)
     weights: list[Tensor | None] = []
-    for p, up, ranks in zip(group.members, ups, group.ranks(), strict=True):
-        weights += [None if ranks is None else downs[ranks].mul_(p.scale), up]
+    for grad, scale, ranks in zip(grads, group.scales, group.ranks(), strict=True):
+        if ranks is None:
+            weights += [None, None]
+        else:
+            weights += [downs[ranks] * scale, outer(grad, low[:, ranks], group.trained)]
     return dx, weights

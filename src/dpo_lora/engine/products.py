@@ -42,14 +42,6 @@ def linear(x: Tensor, weight: Tensor, start: Tensor | None = None) -> Tensor:
     return torch.mm(x, weight.t()) if start is None else torch.addmm(start, x, weight.t())
 
 
-def into(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """`linear` written into ``out`` [T, out], which may be columns of a wider tensor."""
-    if x.is_cuda:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        out.copy_(linear(x, weight))
-
-
 def outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left [T, n], right [T, m] -> left^T right [n, m] in ``dtype``, the sum over T unrounded before that."""
     if left.is_cuda:
