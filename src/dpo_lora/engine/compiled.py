@@ -14,13 +14,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _refused: set[Callable[..., Any]] = set()  # what could not be compiled on this machine, once that was seen
 
 
-def compiled(*dims: int) -> Callable[[Function], Function]:
+def compiled(*dims: int, vectors: bool = False) -> Callable[[Function], Function]:
     """A decorator: the function by torch.compile where its first argument is on a GPU.
 
     Args:
-        dims: dimensions whose size changes from call to call, of the tensors that are arguments themselves; those
-            within tuples (weights) keep theirs. The compiler is told, or it would compile once for a size and again
-            for all.
+        dims: dimensions of its matrices whose size changes from call to call. The compiler is told, or it would
+            compile once for a size and again for all.
+        vectors: whether the length of its vectors changes, too.
     """
 
     def decorate(function: Function) -> Function:
@@ -32,7 +32,7 @@ def compiled(*dims: int) -> Callable[[Function], Function]:
                 return function(*args)
             call, mark, refusal = kernel()
             for each in args:
-                if isinstance(each, Tensor):
+                if isinstance(each, Tensor) and (vectors or each.dim() > 1):
                     for dim in dims[: each.dim()]:
                         mark(each, dim)
             try:

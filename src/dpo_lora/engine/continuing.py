@@ -94,9 +94,9 @@ class CachedSteps:
 
     def _layer(self, x: Tensor, parts: tuple[LayerParts, ...], rotation: Rotation, seen: Tensor, number: int) -> Tensor:
         first = parts[0]
-        normed, _ = normalise(x, first.before.norm, first.epsilon)
+        normed, _ = normalise(x, first.attention_norm, first.epsilon)
         count = len(seen)
-        q, k, v = (y.view(len(x), -1, first.head_dim) for y in _project(normed, [p.before.qkv for p in parts]))
+        q, k, v = (y.view(len(x), -1, first.head_dim) for y in _project(normed, [p.qkv for p in parts]))
         rotate(q, k, rotation.cos, rotation.sin, 1.0)
         q, k, v = (y.view(count, -1, *y.shape[1:]).transpose(1, 2) for y in (q, k, v))
         keys, values = self._keep(number, k, v)
@@ -104,10 +104,10 @@ class CachedSteps:
             q, keys, values, attn_mask=seen, scale=first.scale, enable_gqa=q.shape[1] != keys.shape[1]
         )
         attended = attended.transpose(1, 2).reshape(len(x), -1)
-        [middle] = _project(attended, [p.after.output for p in parts], start=x)
-        normed, _ = normalise(middle, first.after.norm, first.epsilon)
-        gate, up = _project(normed, [p.after.gate_up for p in parts])
-        [out] = _project(functional.silu(gate).mul_(up), [p.after.down for p in parts], start=middle)
+        [middle] = _project(attended, [p.output for p in parts], start=x)
+        normed, _ = normalise(middle, first.mlp_norm, first.epsilon)
+        gate, up = _project(normed, [p.gate_up for p in parts])
+        [out] = _project(functional.silu(gate).mul_(up), [p.down for p in parts], start=middle)
         return out
 
     def _keep(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

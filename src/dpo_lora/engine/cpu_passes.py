@@ -6,9 +6,6 @@ keys and values where they lie, so that nothing is gathered and put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -26,29 +23,17 @@ __all__ = [
     "normalise",
     "normalise_again",
     "normalise_backward",
-    "places",
     "put_back",
     "rotate",
-    "run",
 ]
 
 
-def run(part: Callable[..., Any], *args: Any) -> Any:
-    """A layer's part as it is written."""
-    return part(*args)
-
-
-def places(plan: PairPlan) -> tuple[None, None, None]:
-    """Nothing is gathered."""
-    return None, None, None
-
-
-def gathered(k: Tensor, v: Tensor, key_rows: None) -> tuple[Tensor, Tensor]:
-    """Keys and values as the attention takes them: as they are."""
+def gathered(k: Tensor, v: Tensor, plan: PairPlan) -> tuple[Tensor, Tensor]:
+    """Keys and values as the attention takes them: where they lie."""
     return k, v
 
 
-def put_back(d_k: Tensor, d_v: Tensor, own: None, again: None) -> tuple[Tensor, Tensor]:
+def put_back(d_k: Tensor, d_v: Tensor, plan: PairPlan) -> tuple[Tensor, Tensor]:
     """The inverse of `gathered`, for gradients."""
     return d_k, d_v
 

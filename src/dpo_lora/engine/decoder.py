@@ -16,7 +16,7 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 
 from dpo_lora.engine import cpu_passes, gpu_passes
-from dpo_lora.engine.layer import After, Before, LayerParts, Rotation, run_layer
+from dpo_lora.engine.layer import LayerParts, Rotation, run_layer
 from dpo_lora.engine.lowrank import Projection, prepared, read_projection, watched
 from dpo_lora.engine.packing import PairPlan
 
@@ -75,8 +75,12 @@ def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts
     groups = iter(prepared([group for q, k, v, o, g, u, d in read for group in ((q, k, v), (o,), (g, u), (d,))]))
     return [
         LayerParts(
-            before=Before(layer.input_layernorm.weight, qkv=next(groups)),
-            after=After(next(groups), layer.post_attention_layernorm.weight, next(groups), next(groups)),
+            attention_norm=layer.input_layernorm.weight,
+            qkv=next(groups),
+            output=next(groups),
+            mlp_norm=layer.post_attention_layernorm.weight,
+            gate_up=next(groups),
+            down=next(groups),
             epsilon=layer.input_layernorm.variance_epsilon,
             adapters=tuple(weight for p in projections for weight in (p.down, p.up)),
             head_dim=layer.self_attn.head_dim,

@@ -1,16 +1,13 @@
 """What a decoder layer computes besides its matrix products, on a GPU in bfloat16 or float16.
 
-Each pass is written in plain torch with float32 inside; the compiler makes of `layer.py`'s parts, these passes within,
-few kernels through which every [T, hidden] and [T, intermediate] goes once. Where this machine cannot compile (no C
-compiler), they run as written, slower, with a warning. Attention is torch's variable-length flash kernel over keys
-gathered by segment. `cpu_passes.py` has the same functions for a CPU.
+Each pass is written in plain torch with float32 inside and compiled to one kernel where its tensors are on a GPU, so
+every [T, hidden] and [T, intermediate] goes through memory once a pass; elsewhere (tests) it runs as written. One that
+this machine cannot compile (no C compiler) runs as written too, slower, with a warning. Compiling a layer's parts
+whole, products and all, takes twice as long at the start and was no faster (docs/performance.md). Attention is torch's
+variable-length flash kernel over keys gathered by segment. `cpu_passes.py` has the same functions for a CPU.
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,29 +18,24 @@ from dpo_lora.engine.packing import PairPlan
 from dpo_lora.engine.varlen_attention import Segments, segments_of
 
 
-def run(part: Callable[..., Any], *args: Any) -> Any:
-    """A layer's part, compiled."""
-    return _compiled(part)(*args)
-
-
-@functools.cache
-def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    return compiled(0)(part)
-
-
-def places(plan: PairPlan) -> tuple[Tensor, Tensor, Tensor]:
-    """What `gathered` and `put_back` take of a row."""
-    segments = segments_of(plan)
-    return segments.key_rows, segments.own, segments.again
-
-
-def gathered(k: Tensor, v: Tensor, key_rows: Tensor) -> tuple[Tensor, Tensor]:
+def gathered(k: Tensor, v: Tensor, plan: PairPlan) -> tuple[Tensor, Tensor]:
     """k, v [T, Hkv, D] -> [K, Hkv, D], each run's keys behind what it sees."""
-    return k.index_select(0, key_rows), v.index_select(0, key_rows)
+    rows = segments_of(plan).key_rows
+    return k.index_select(0, rows), v.index_select(0, rows)
 
 
-def put_back(d_keys: Tensor, d_values: Tensor, own: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+def put_back(d_keys: Tensor, d_values: Tensor, plan: PairPlan) -> tuple[Tensor, Tensor]:
     """Gradients of gathered keys and values [K, Hkv, D] summed where they were gathered from, [T, Hkv, D]."""
+    segments = segments_of(plan)
+    if len(segments.opening):  # every run sees it: summed in its own places first
+        for part in (d_keys, d_values):
+            own = part[: plan.opening]
+            own.copy_(own.float() + part[segments.opening].float().sum(0))
+    return _put_back(d_keys, d_values, segments.own, segments.again)
+
+
+@compiled(0, vectors=True)
+def _put_back(d_keys: Tensor, d_values: Tensor, own: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
     twice = (again >= 0).unsqueeze(1).unsqueeze(1)
     other = again.clamp(0)
 
@@ -54,6 +46,7 @@ def put_back(d_keys: Tensor, d_values: Tensor, own: Tensor, again: Tensor) -> tu
     return total(d_keys), total(d_values)
 
 
+@compiled(0)
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """RMS norm: x [T, hidden] -> (x / rms * weight, 1 / rms [T, 1] in float32)."""
     wide = x.float()
@@ -61,11 +54,13 @@ def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor
     return (wide * inverse * weight.float()).to(x.dtype), inverse
 
 
+@compiled(0)
 def normalise_again(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
     """The norm's output from what its forward pass kept."""
     return (x.float() * inverse * weight.float()).to(x.dtype)
 
 
+@compiled(0)
 def normalise_backward(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, beside: Tensor | None) -> Tensor:
     """Gradient of `normalise` for its input, plus ``beside`` (the residual's), [T, hidden]."""
     wide, scaled = x.float(), grad.float() * weight.float()
@@ -74,6 +69,7 @@ def normalise_backward(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor,
     return (out if beside is None else out + beside.float()).to(grad.dtype)
 
 
+@compiled(0)
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     """Rotary embedding of q and k [T, heads, head_dim]; cos and sin [T, 1, head_dim / 2].
 
@@ -88,6 +84,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple
     return turned(q), turned(k)
 
 
+@compiled(0)
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [T, intermediate]."""
     return (silu(gate.float()) * up.float()).to(gate.dtype)
@@ -103,6 +100,7 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, _: Tensor | None) -> 
     return _gated_backward(grad, gate, up)
 
 
+@compiled(0)
 def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     g, wide = grad.float(), gate.float()
     sigmoid = torch.sigmoid(wide)
@@ -118,15 +116,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, plan: PairPlan, scale: float
 def attend_backward(
     grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, levels: Tensor, plan: PairPlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for q, keys and values; out and levels from `attend`. Those of an opening, which every run sees, are
-    summed in its own places."""
-    segments = segments_of(plan)
-    d_query, *parts = flash_backward(grad, q, keys, values, out, levels, segments, scale)
-    if len(segments.opening):
-        for part in parts:
-            own = part[: plan.opening]
-            own.copy_(own.float() + part[segments.opening].float().sum(0))
-    return d_query, *parts
+    """Gradients for q, keys and values; out and levels from `attend`."""
+    return flash_backward(grad, q, keys, values, out, levels, segments_of(plan), scale)
 
 
 def flash(q: Tensor, keys: Tensor, values: Tensor, s: Segments, scale: float) -> tuple[Tensor, Tensor]:

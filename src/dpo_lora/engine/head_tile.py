@@ -56,7 +56,7 @@ def _capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 # Three kernels and not one: with the sums' own arithmetic between its reductions Triton 3.6 does not compile it.
-@compiled(0, 1)
+@compiled(0, 1, vectors=True)
 def _read(logits: Tensor, local: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, ...]:
     z = _capped(logits, scale, softcap)
     column, label = torch.arange(z.shape[1], device=z.device), local.unsqueeze(1)
@@ -65,7 +65,7 @@ def _read(logits: Tensor, local: Tensor, scale: float, softcap: float | None) ->
     return z.amax(1), label_logit, before_label, z.sum(1)
 
 
-@compiled(0, 1)
+@compiled(0, 1, vectors=True)
 def _weigh(
     logits: Tensor, peak: Tensor, scale: float, softcap: float | None, gradient: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
@@ -78,7 +78,7 @@ def _weigh(
     return weights, e.sum(1), (e * shifted).sum(1), (e * e).sum(1)
 
 
-@compiled(0)
+@compiled(0, vectors=True)
 def _merge(
     earlier_peak: Tensor, totals: Tensor, labels: Tensor, befores: Tensor, sums: Tensor, entropies: Tensor,
     squares: Tensor, peak: Tensor, label: Tensor, before: Tensor, logits: Tensor, total: Tensor, entropy: Tensor,

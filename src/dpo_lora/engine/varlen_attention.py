@@ -176,7 +176,7 @@ def flex_pairs(
     with torch._dynamo.config.patch(
         recompile_limit=64
     ):  # rows of a block, of blocks, with an opening, in other formats
-        out = _flex()(
+        out = _flex(softcap is None)(
             query, key, value, score_mod=None if softcap is None else cap, block_mask=plan.notes["block_mask"],
             scale=scale, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
@@ -184,8 +184,9 @@ def flex_pairs(
 
 
 @cache
-def _flex():
+def _flex(dynamic: bool):
+    """FlexAttention compiled; dynamic: for every row's size at once, which torch 2.11 refuses for a capped score."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # uncompiled FlexAttention materialises the scores; on CPU (tests) that is what is wanted, on CUDA never
-    return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
+    return torch.compile(flex_attention, dynamic=dynamic or None) if torch.cuda.is_available() else flex_attention
