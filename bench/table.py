@@ -49,8 +49,29 @@ def memory(file: Path) -> None:
         row(workload, *(f"{way['peak'] / 2**20:.0f}" for way in ways.values()), f"{share:.2f}")
 
 
+def gpu(file: Path) -> None:
+    content = json.loads(file.read_text())
+    print(f"\n{content['machine'].get('gpu', 'no GPU')}, {content['settings']['shape']}\n")
+    head("workload, pairs a step", "ours / stock", "cached", "tuned", "share, cached", "GiB: stock, ours", "tokens/s")
+    for r in content["results"]:
+        ratios = [r["ratios"].get(k) for k in ("ours / stock", "ours-cached / stock", "ours-cached / tuned")]
+        peaks = (r["peak_bytes"][way] / 2**30 for way in ("stock", "ours"))
+        row(
+            f"{r['workload']}, {r['pairs_per_step']}",
+            *("-" if v is None else f"{v:.2f}" for v in ratios),
+            f"{r['matmul_share']['ours-cached']:.0%} of {r['matmul_tflops']:.0f}",
+            ", ".join(f"{v:.1f}" for v in peaks),
+            f"{r['tokens_per_second']['ours-cached']:.0f}",
+        )
+        if r["ablations"]:
+            noted = ", ".join(f"{k} {v:.2f} ({r['peak_bytes'][k] / 2**30:.1f} GiB)" for k, v in r["ablations"].items())
+            row(f"times as long as ours-cached: {noted}")
+
+
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    for file in sorted(folder.glob("gpu-cuda*.json")):
+        gpu(file)
     for device in ("cpu", "cuda"):
         engine = sorted(folder.glob(f"engine-{device}-*.json"))
         if engine:

@@ -184,6 +184,7 @@ def _places(values: Sequence[float | str]) -> tuple[list[float], list[tuple[floa
 @contextmanager
 def _axes(title: str, width: float = NARROW, height: float = 2.1) -> Iterator[Any]:
     from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     style: Any = {
@@ -202,7 +203,9 @@ def _axes(title: str, width: float = NARROW, height: float = 2.1) -> Iterator[An
 
         def finish(words: str) -> Drawing:
             file = io.StringIO()
-            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+            # savefig would draw twice, once to measure for a bounding box that is not asked for
+            metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+            FigureCanvasSVG(figure).print_svg(file, metadata=metadata)
             return Drawing(title, _page_svg(file.getvalue(), words), words)
 
         yield figure.add_subplot(), finish
