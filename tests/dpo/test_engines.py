@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_lora import lora
 from dpo_lora.dpo.engines import _beginning
 from dpo_lora.files import read_jsonl
-from dpo_lora.rundir import RunDir
+from dpo_lora.rundir import FAILED, RunDir
 from harness import ROOT, CommandLine, dpo_lora
 
 FAST = ["train.learning_rate=1e-2"]
@@ -98,6 +99,24 @@ def test_warm_cold_and_no_cache_give_one_result(cli: CommandLine, tiny_overrides
 def test_dropout_draws_the_same_with_a_warm_and_a_cold_cache(cli: CommandLine, tiny_overrides: list[str]) -> None:
     words = [*tiny_overrides, *FAST, "lora.dropout=0.2"]
     assert_same_bits(cli("train", *words).run, cli("train", *words).run)
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("train.engine=stock", "dpo.ld_alpha=0.5"), ("train.micro_batch=1",), ("lora.dropout=0.2",)]
+)
+def test_a_policy_that_does_not_start_as_its_reference_is_not_trained(
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(lora.INITS, "default", False)  # PEFT then draws both factors
+    run = RunDir(tmp_path / "moved")
+    outcome = cli("train", *tiny_overrides, *words, f"run_dir={run}")
+    assert outcome.code == 2
+    assert "Before the first update the policy is not its reference" in outcome.err
+    logged = read_jsonl(run.metrics_file) if run.metrics_file.exists() else []
+    assert not any("loss" in row for row in logged)
+    assert not run.eval_file.exists(), "nothing is said of a start that was not what it was taken for"
+    assert not list(run.checkpoints.glob("checkpoint-*"))
+    assert run.manifest()["status"] == FAILED
 
 
 def test_a_parents_reference_is_not_the_bases(cli: CommandLine, tiny_overrides: list[str]) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from trl.trainer.utils import use_adapter
 
 from dpo_lora.dpo.engines import EngineChoice
 from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, lengths
 from dpo_lora.dpo.saving import WholeCheckpoints
 from dpo_lora.errors import UserError
+from dpo_lora.evaluation.record import Record
 from dpo_lora.evaluation.scores import PairScores, pair_hash
 from dpo_lora.schema import RunSettings
 
@@ -24,10 +26,12 @@ class ExactScoring(WholeCheckpoints):
 
     run: RunSettings
     heldout: Dataset | ReferenceRows
+    record: Record | None
     collate: Any
     engine: EngineChoice
     _reference: dict[str, tuple[float, ...]]  # reference log-probabilities, by pair_hash
-    _is_untrained: bool  # check_start has seen that policy and reference are one, and no step was taken
+    _is_untrained: bool  # no step was taken, and policy and reference are one
+    _start_is_open: bool  # that they are one is for the first step to check
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {k: v.to(self.args.device) for k, v in self.collate(rows).items()}
@@ -36,7 +40,7 @@ class ExactScoring(WholeCheckpoints):
         """Log-probabilities of every pair's answers under policy and reference, without dropout.
 
         Args:
-            untrained: policy and reference are one, as :meth:`check_start` made sure: one pass does for both.
+            untrained: policy and reference are one, as :meth:`check_start` sees to it: one pass does for both.
         """
         was_training = self.model.training
         self.model.eval()
@@ -104,19 +108,30 @@ class ExactScoring(WholeCheckpoints):
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
     def check_start(self) -> None:
-        """Before the first update policy and reference are one: every margin is 0 and the DPO loss ln 2.
+        """See to it that before the first update policy and reference are one: each margin 0, the DPO loss ln 2.
+
+        The first step computes both for its own pairs and checks them before it updates anything, so nothing
+        is scored for it here. Only where dropout would show as a difference there, held-out pairs are.
 
         Raises:
             UserError: they differ, so every number of the run would be measured from a wrong zero.
         """
-        scores = self.score(self.heldout.select(range(min(4, len(self.heldout)))))
-        tokens = scores.tokens_chosen + scores.tokens_rejected
-        off = float(np.max(np.abs(scores.margins) / tokens))
+        if self.run.lora.dropout > 0:
+            scores = self.score(self.heldout.select(range(min(4, len(self.heldout)))))
+            self._require_start(scores.margins, scores.tokens_chosen + scores.tokens_rejected)
+        else:
+            self._start_is_open = True
+        self._is_untrained = True
+
+    def _require_start(self, margins: NDArray[np.float64], tokens: NDArray[np.int64]) -> None:
+        """Margins of N pairs and tokens of both their answers, as they have to be before the first update."""
+        off = float(np.max(np.abs(margins) / tokens))
         # Rounding of the format the model computes in, per token; a moved base is off by far more.
         tolerance = 1e-5 if next(self.model.parameters()).dtype is torch.float32 else 1e-2
         if not off <= tolerance:
+            if self.record is not None:
+                self.record.clear()  # of a score that took the two for one
             raise UserError(
                 f"Before the first update the policy is not its reference: margins differ by {off:.2g} nats a token. "
                 "Some lora.init or a changed base model moves the start; nothing was trained."
             )
-        self._is_untrained = True

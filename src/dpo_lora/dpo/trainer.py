@@ -62,7 +62,7 @@ class PairTrainer(ExactScoring):
         self.heldout: Dataset | ReferenceRows = heldout_rows
         self.record = record  # of every evaluation; None for a trainer that only scores
         self.sampler = sampler
-        self._is_untrained = False  # check_start has seen that policy and reference are one, and no step was taken
+        self._is_untrained = self._start_is_open = False
         self.evaluation_seconds = 0.0  # scores, samples and their figures
         self.reference_seconds = 0.0, 0.0  # of training and held-out pairs, from the cache or computed
         self.progress = Progress()
@@ -162,6 +162,7 @@ class PairTrainer(ExactScoring):
             total = self.budget.run(sizes, forward_backward, forget, opening)
         else:  # a loss that looks across pairs sees them all at once, unless micro_batch says otherwise
             total = forward_backward(cut(sizes, None))
+        self._start_is_open = False
         self.progress.pairs += len(rows)
         self.progress.tokens += sum(len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
         return total
@@ -187,6 +188,8 @@ class PairTrainer(ExactScoring):
         chosen, rejected = (policy - reference).chunk(2)
         margins = chosen - rejected
         tokens = inputs["completion_mask"].sum(dim=1).view(2, -1).sum(dim=0)
+        if self._start_is_open and self.model.training:
+            self._require_start(margins.double().cpu().numpy(), tokens.cpu().numpy())
         wins = torch.where(margins.abs() <= TIE_PER_TOKEN * tokens, 0.5, (margins > 0).float())
         self._metrics["train" if self.model.training else "eval"]["rewards/accuracies"][-1] = wins.mean().item()
         return loss
