@@ -33,3 +33,8 @@ def cache_dir() -> Path:
 def reference_folder() -> Path:
     """Where reference log-probabilities are kept for all runs of this user."""
     return cache_dir() / "reference"
+
+
+def proofs_folder() -> Path:
+    """Where it is noted on what the packed engine was proven equal to the stock one."""
+    return cache_dir() / "proofs"

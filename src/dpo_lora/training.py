@@ -62,7 +62,7 @@ class Training:
         sampler = Sampler(self.run, self.settings, texts, self.base.tokenizer, record, tracker)
         trainer = self._trainer(tracker, record, sampler)
         checkpoint = self._checkpoint()
-        trainer.prepare_reference(self.base.identity["weights"])
+        trainer.prepare_reference()
         for name, seconds in zip(("reference", "heldout_reference"), trainer.reference_seconds, strict=True):
             self.timings[f"{name}_seconds"] = round(seconds, 3)
         self.run.write_manifest(self._facts(tracker) | self._engine_facts(trainer))
@@ -117,6 +117,7 @@ class Training:
             binding=self._binding(),
             record=record,
             sampler=sampler,
+            weights=self.base.identity["weights"],
             callbacks=[
                 FiniteGuard(),
                 StopAtStepEnd(self.stop),

@@ -87,6 +87,14 @@ def test_a_second_run_asks_the_reference_nothing(cli: CommandLine, tiny_override
     }
 
 
+def test_a_second_run_does_not_prove_the_engine_again(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    """Another beta and learning rate on the same bits; another rank or seed is another adapter."""
+    runs = [cli("train", *tiny_overrides, *words).run for words in ((), ("dpo.beta=0.3", *FAST), ("lora.r=4",))]
+    facts = [RunDir(run).manifest()["engine"] for run in runs]
+    assert [fact["probe_known"] for fact in facts] == [False, True, False]
+    assert facts[0]["probe_difference"] == facts[1]["probe_difference"]
+
+
 def test_warm_cold_and_no_cache_give_one_result(cli: CommandLine, tiny_overrides: list[str]) -> None:
     cold = cli("train", *tiny_overrides, *FAST, "dpo.ld_alpha=0.5").run
     warm = cli("train", *tiny_overrides, *FAST, "dpo.ld_alpha=0.5").run

@@ -8,8 +8,9 @@ import torch
 import transformers as tf
 from tests.engine import worlds
 
-from dpo_lora.engine import attention
-from dpo_lora.engine.eligibility import judge, probe, read_facts
+from dpo_lora.engine import attention, eligibility
+from dpo_lora.engine.eligibility import Verdict, judge, probe, read_facts
+from dpo_lora.engine.proofs import Proofs
 
 
 def judged(base, tmp_path, longest=30, **engine):
@@ -90,3 +91,50 @@ def test_generation_works_while_attached(tmp_path):
     packed = PackedForward(base)
     packed.install()
     assert torch.equal(base.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_a_passed_probe_is_not_run_again_on_the_same_bits(tmp_path, monkeypatch):
+    rows = worlds.pairs(2)
+    proofs = Proofs(tmp_path / "proofs", "these weights")
+    models = [worlds.trainer(worlds.model("llama"), rows, tmp_path) for _ in range(2)]
+    first, second = (judge(one.model, one.data_collator(rows), 30, proofs) for one in models)
+    assert first.eligible and not first.known
+    assert second == Verdict(True, None, first.difference, known=True)
+    file = next((tmp_path / "proofs").glob("*.json"))
+    file.write_text("{")
+    assert not judge(models[0].model, models[0].data_collator(rows), 30, proofs).known, "a broken note proves nothing"
+
+
+def test_whatever_a_probe_depends_on_is_in_its_key(tmp_path, monkeypatch):
+    rows = worlds.pairs(3)
+    proofs = Proofs(tmp_path, "these weights")
+    trainer = worlds.trainer(worlds.model("llama"), rows[:2], tmp_path)
+    model, batch = trainer.model, trainer.data_collator(rows[:2])
+    keys = [proofs.key(model, batch)]
+    assert proofs.key(model, batch) == keys[0]
+    keys.append(Proofs(tmp_path, "others").key(model, batch))
+    keys.append(proofs.key(model, trainer.data_collator(rows[1:])))
+    keys.append(proofs.key(model, batch, kernel="sdpa"))
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.append(proofs.key(model, batch))
+    with monkeypatch.context() as changed:
+        changed.setattr("dpo_lora.engine.proofs._code", lambda: "another version")
+        keys.append(proofs.key(model, batch))
+    with monkeypatch.context() as changed:
+        changed.setattr(model.peft_config["default"], "lora_alpha", 99)
+        keys.append(proofs.key(model, batch))
+    weight = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    weight.data[0, 0] += 1
+    keys.append(proofs.key(model, batch))
+    assert len(set(keys)) == len(keys) == 8
+    monkeypatch.setattr(type(model.get_base_model()), "__module__", "code_that_came_with_a_model")
+    assert proofs.key(model, batch) is None
+
+
+def test_a_probe_that_was_not_passed_is_not_kept(tmp_path, monkeypatch):
+    rows = worlds.pairs(2)
+    trainer = worlds.trainer(worlds.model("llama"), rows, tmp_path)
+    monkeypatch.setitem(eligibility.TOLERANCE, torch.float32, -1.0)
+    verdict = judge(trainer.model, trainer.data_collator(rows), 30, Proofs(tmp_path / "proofs", "these weights"))
+    assert not verdict.eligible
+    assert not (tmp_path / "proofs").exists()

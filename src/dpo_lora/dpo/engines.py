@@ -14,10 +14,11 @@ from dpo_lora.dpo.rows import PairTokens, ReferenceRows, lengths
 from dpo_lora.engine.batching import TokenBudget, why_inseparable
 from dpo_lora.engine.eligibility import Verdict, judge
 from dpo_lora.engine.forward import PackedForward
+from dpo_lora.engine.proofs import Proofs
 from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens, scope_of, sequence_log_probs
 from dpo_lora.engine.reference_pass import fingerprint_adapter, reference_pass
 from dpo_lora.errors import UserError
-from dpo_lora.resources import reference_folder
+from dpo_lora.resources import proofs_folder, reference_folder
 from dpo_lora.schema import Engine, RunSettings
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class EngineChoice:
     packed: PackedForward | None
     reason: str | None  # why it is not packed
     difference: float | None  # the probe's: packed against stock log-probabilities, relative
+    is_known: bool = False  # the probe was passed by an earlier run, on the same bits by the same code
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -45,6 +47,7 @@ class EngineChoice:
             "attention": None if self.packed is None else self.packed.attention,
             "why_stock": self.reason,
             "probe_difference": self.difference,
+            "probe_known": self.is_known,
         }
 
 
@@ -62,7 +65,8 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     # A kernel that was asked for works in the model's own layers; the written-out ones have theirs.
     kernel: dict[str, Any] = {} if train.attention == "auto" else {"kernel": train.attention, "layers": "plain"}
     with trainer.accelerator.autocast():
-        verdict: Verdict = judge(trainer.model, trainer.batch(rows), longest, **kernel)
+        proofs = None if trainer.weights is None else Proofs(proofs_folder(), trainer.weights)
+        verdict: Verdict = judge(trainer.model, trainer.batch(rows), longest, proofs, **kernel)
     if not verdict.eligible:
         if train.engine is Engine.packed:
             raise UserError(f"train.engine=packed cannot be: {verdict.reason}. Use train.engine=auto or stock.")
@@ -73,12 +77,14 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
         statistics += ("log_sum_sq_probs",)
     packed = PackedForward(trainer.model, statistics, **kernel, recompute=train.gradient_checkpointing)
     packed.install()
-    log.info("Pair packing: attention %s; probe differs by %.1e from stock.", packed.attention, verdict.difference)
-    return EngineChoice(packed, None, verdict.difference)
+    when = " (proven by an earlier run)" if verdict.known else ""
+    difference = verdict.difference
+    log.info("Pair packing: attention %s; probe differs by %.1e from stock%s.", packed.attention, difference, when)
+    return EngineChoice(packed, None, difference, verdict.known)
 
 
 def _beginning(row: dict[str, Any]) -> dict[str, Any]:
-    """A pair's first words: what length alone decides the facts say, and every trial pays for the probe."""
+    """A pair's first words: what length alone decides the facts say, and a run pays for its probe."""
     chosen, rejected = row["chosen_ids"], row["rejected_ids"]
     shorter = min(len(chosen), len(rejected))
     alike = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
@@ -121,18 +127,17 @@ class ReferenceUse:
 def attach_reference(
     trainer: PairTrainer,
     rows: Dataset,
-    weights: str,
     ld_alpha: float | None,
     numbers: NDArray[np.int64],
 ) -> tuple[ReferenceRows, ReferenceUse]:
     """``rows`` with the reference's log-probabilities, from the cache or computed into it.
 
     Args:
-        weights: fingerprint of the base weights.
         ld_alpha: weight of tokens past the shorter answer, as the loss takes it; None for plain sums.
         numbers: of the rows that will be asked for.
     """
-    assert trainer.engine.packed is not None
+    weights = trainer.weights
+    assert trainer.engine.packed is not None and weights is not None
     packed, run = trainer.engine.packed, trainer.run
     adapter = fingerprint_adapter(trainer.model)
     scope = scope_of(

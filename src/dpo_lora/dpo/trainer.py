@@ -40,7 +40,11 @@ from dpo_lora.schema import RunSettings
 
 
 class PairTrainer(ExactScoring):
-    """TRL's trainer over pairs that are tokenised already."""
+    """TRL's trainer over pairs that are tokenised already.
+
+    Args:
+        weights: fingerprint of the base weights, by which what is known of them is found; None: nothing is looked up.
+    """
 
     # Set by the base class, which types them as optional; here they always are.
     model: Any
@@ -56,9 +60,10 @@ class PairTrainer(ExactScoring):
         heldout_rows: Dataset,
         record: Record | None,
         sampler: Sampler | None,
+        weights: str | None = None,
         **kwargs: Any,
     ):
-        self.run = run
+        self.run, self.weights = run, weights
         self.heldout: Dataset | ReferenceRows = heldout_rows
         self.record = record  # of every evaluation; None for a trainer that only scores
         self.sampler = sampler
@@ -84,11 +89,10 @@ class PairTrainer(ExactScoring):
         warn_inseparable(run)
         self.remove_callback(PrinterCallback)  # prints every log row; ProgressLine speaks for us
 
-    def prepare_reference(self, weights: str, rows: NDArray[np.int64] | None = None) -> None:
+    def prepare_reference(self, rows: NDArray[np.int64] | None = None) -> None:
         """Take the reference's log-probabilities from the cache, where settings and engine allow.
 
         Args:
-            weights: fingerprint of the base weights.
             rows: numbers of the training rows to do it for; None: those that training will read.
         """
         if not self.run.train.reference_cache or self.engine.packed is None:
@@ -98,9 +102,9 @@ class PairTrainer(ExactScoring):
         if rows is None:
             rows = rows_read(count, self.run.seed, self.args.max_steps, self.run.train.pairs_per_step)
         begun = time.monotonic()
-        self.train_dataset, train = attach_reference(self, self.train_dataset, weights, ld_alpha, rows)
+        self.train_dataset, train = attach_reference(self, self.train_dataset, ld_alpha, rows)
         between = time.monotonic()
-        self.heldout, heldout = attach_reference(self, self.heldout, weights, None, np.arange(len(self.heldout)))
+        self.heldout, heldout = attach_reference(self, self.heldout, None, np.arange(len(self.heldout)))
         self.reference_seconds = between - begun, time.monotonic() - between
         self.precompute_ref_logps = True  # TRL then reads the columns instead of running the reference
         self.reference_use = ReferenceUse(train.found + heldout.found, train.computed + heldout.computed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpo_lora.engine.forward import PackedForward
 from dpo_lora.engine.packing import IGNORED
+from dpo_lora.engine.proofs import Proofs
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest accepted |packed - stock| of a sequence's log-probability, relative to the root of its summed
@@ -29,11 +30,13 @@ _FULL = {"full_attention", "attention"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to pack; `reason` is None or one line; `difference` is the probe's, where it ran."""
+    """Whether to pack; `reason` is None or one line; `difference` is the probe's, where it ran, now or (`known`)
+    earlier."""
 
     eligible: bool
     reason: str | None = None
     difference: float | None = None
+    known: bool = False
 
 
 def read_facts(model: nn.Module, longest: int | None) -> str | None:
@@ -134,7 +137,27 @@ def probe(model: nn.Module, batch: dict[str, Tensor], tolerance: float | None = 
     return Verdict(True, None, difference)
 
 
-def judge(model: nn.Module, batch: dict[str, Tensor], longest: int | None, **engine: object) -> Verdict:
-    """Facts, then probe. The one call a trainer needs."""
+def judge(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    longest: int | None,
+    proofs: Proofs | None = None,
+    **engine: object,
+) -> Verdict:
+    """Facts, then probe. The one call a trainer needs.
+
+    proofs: where passed probes are kept; one on these very bits, by this very code, is not run again.
+    """
     reason = read_facts(model, longest)
-    return Verdict(False, reason) if reason else probe(model, batch, **engine)
+    if reason:
+        return Verdict(False, reason)
+    key = None if proofs is None else proofs.key(model, batch, **engine)
+    if proofs is None or key is None:
+        return probe(model, batch, **engine)
+    found = proofs.find(key)
+    if found is not None:
+        return Verdict(True, None, found, known=True)
+    verdict = probe(model, batch, **engine)
+    if verdict.eligible and verdict.difference is not None:
+        proofs.note(key, verdict.difference)
+    return verdict

@@ -89,12 +89,13 @@ def prepare(settings: RunSettings, orders: list[list[Any]]) -> None:
             binding={},
             record=None,
             sampler=None,
+            weights=base.identity["weights"],
         )
         rows = np.zeros(len(pairs.train), dtype=bool)
         for seed, max_steps, epochs, pairs_per_step in orders:
             train = replace(settings.train, max_steps=max_steps, epochs=epochs, pairs_per_step=pairs_per_step)
             rows[rows_read(len(rows), seed, optimizer_steps(train, len(rows)), pairs_per_step)] = True
-        trainer.prepare_reference(base.identity["weights"], rows.nonzero()[0])
+        trainer.prepare_reference(rows.nonzero()[0])
 
 
 def keep(path: Path) -> None:
