@@ -48,6 +48,9 @@ class InstantProcesses:
     slots: list[Any]
     running: dict[str, Any] = field(default_factory=dict)
 
+    def open(self) -> None:
+        pass
+
     def free(self) -> int:
         return len(self.slots) - len(self.running)
 

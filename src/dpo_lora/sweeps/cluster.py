@@ -44,6 +44,9 @@ class ClusterProcesses(ABC):
     def _cancel(self, handle: Any) -> None:
         """Take it out of the cluster's queue, or off its node."""
 
+    def open(self) -> None:
+        return  # an agent starts with its job
+
     def free(self) -> int:
         return self.jobs - len(self._handles)
 

@@ -34,6 +34,9 @@ class Job:
 class Processes(Protocol):
     """Runs jobs somewhere, each in a process that can die alone."""
 
+    def open(self) -> None:
+        """Get ready: jobs will come."""
+
     def free(self) -> int:
         """Jobs that could start now."""
 
@@ -68,12 +71,33 @@ class LocalProcesses:
     _server: subprocess.Popen[bytes] | None = None
     _connection: socket.socket | None = None
     _buffer: bytes = b""
+    _is_ready: bool = False  # the server has imported the stack
     _kept: Path | None = None
     _meter: Meter = field(init=False)
     _read: float = field(default_factory=time.monotonic)  # when the meter was last read
 
     def __post_init__(self) -> None:
         self._meter = meter(list(dict.fromkeys(slot.gpu for slot in self.slots if slot.gpu is not None)))
+
+    def open(self) -> None:
+        """Start the server, whose imports take seconds; jobs that come meanwhile wait for it."""
+        if self._connection is not None:
+            return
+        ours, theirs = socket.socketpair()
+        # One thread: a process whose OpenMP pool has started cannot be forked. Each child sets its own number.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "dpo_lora.sweeps.forkserver", str(theirs.fileno()), str(os.getpid())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells its trials in order
+        )
+        theirs.close()
+        self._connection, self._buffer = ours, b""
+        if self._kept is not None:
+            self._send({"keep": str(self._kept)})
 
     def free(self) -> int:
         return len(self.slots) - len(self._taken)
@@ -118,6 +142,7 @@ class LocalProcesses:
             return self._server_died()
         *lines, self._buffer = (self._buffer + received).split(b"\n")
         messages = [json.loads(line) for line in lines]
+        self._is_ready |= any("ready" in m for m in messages)
         self._begun |= {m["started"] for m in messages if "started" in m}
         ended = [(m["ended"], int(m["code"])) for m in messages if "ended" in m]
         for job, _ in ended:
@@ -138,38 +163,22 @@ class LocalProcesses:
             self._connection.close()
             self._connection = None
         if self._server is not None:
+            if not self._is_ready:  # still importing: it has nothing to end, and would not hear for seconds
+                self._server.kill()
             try:
                 self._server.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 self._server.kill()
                 self._server.wait()
-            self._server = None
+            self._server, self._is_ready = None, False
 
     def _send(self, message: dict[str, Any]) -> None:
-        if self._connection is None:
-            self._open()
+        self.open()
         assert self._connection is not None
         try:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
         except (BrokenPipeError, ConnectionResetError):
             return  # the next poll reads the end of the stream and says what was lost
-
-    def _open(self) -> None:
-        ours, theirs = socket.socketpair()
-        # One thread: a process whose OpenMP pool has started cannot be forked. Each child sets its own number.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "dpo_lora.sweeps.forkserver", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells its trials in order
-        )
-        theirs.close()
-        self._connection, self._buffer = ours, b""
-        if self._kept is not None:
-            self._send({"keep": str(self._kept)})
 
     def _server_died(self) -> list[tuple[str, int]]:
         """Its children died with it; the next job gets a new server."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,14 +111,25 @@ class Sweep:
 
     def run_all(self, jobs: Sequence[Sequence[str]], start: StartProcesses) -> list[list[Trial]]:
         """Run the trials of a list of settings; the trials, by setting."""
-        groups = [self.compose(overrides) for overrides in jobs]
-        trials = list({trial.id: trial for group in groups for trial in group}.values())
-        for trial in trials:
-            trial.write()
-        self.run(Listed(trials), trials, len(trials), start)
+        with self.processes(start, len(jobs) * self.settings.repeats) as processes:
+            groups = [self.compose(overrides) for overrides in jobs]
+            trials = list({trial.id: trial for group in groups for trial in group}.values())
+            for trial in trials:
+                trial.write()
+            self.run(Listed(trials), trials, len(trials), processes)
         return groups
 
-    def run(self, source: Source, known: list[Trial], expected: int, start: StartProcesses) -> None:
+    @contextlib.contextmanager
+    def processes(self, start: StartProcesses, expected: int) -> Iterator[Processes]:
+        """Where ``expected`` trials will run, getting ready at once: they can be composed meanwhile."""
+        processes = start(slots(self.settings, Device(self.config.train.device), expected), self.directory)
+        try:
+            processes.open()
+            yield processes
+        finally:
+            processes.close()
+
+    def run(self, source: Source, known: list[Trial], expected: int, processes: Processes) -> None:
         """Run what ``source`` gives until it is done or a signal stops the sweep.
 
         Args:
@@ -125,12 +137,11 @@ class Sweep:
             expected: trials in all, for the estimate of what is left.
         """
         console = table.terminal()
-        room = slots(self.settings, Device(self.config.train.device), expected)
+        places = processes.free()
         started, begun = now(), time.monotonic()
-        with table.Watch(console, self.directory, len(room)) as watch:
+        with table.Watch(console, self.directory, places) as watch:
             watch.expected = expected
-            watch.say(f"Sweep {self.directory.path}: {expected} trials, {len(room)} at a time")
-            processes = start(room, self.directory)
+            watch.say(f"Sweep {self.directory.path}: {expected} trials, {places} at a time")
             try:
                 queue = Queue(self.directory, self.settings, processes, watch)
                 queue.prepare(known, expected)
@@ -138,8 +149,7 @@ class Sweep:
             finally:
                 sitting = {"started": started, "seconds": round(time.monotonic() - begun, 1)}
                 sittings = self.extra.setdefault("sittings", list(self.directory.summary().get("sittings", [])))
-                sittings.append({**sitting, "slots": len(room), "energy_joules": processes.energy()})
-                processes.close()
+                sittings.append({**sitting, "slots": places, "energy_joules": processes.energy()})
         if queue.stopped is not None:
             self.stopped = 128 + queue.stopped
 

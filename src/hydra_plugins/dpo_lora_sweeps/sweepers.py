@@ -62,8 +62,10 @@ class StudySweeper(BasicSweeper):
         sweep = self.launcher.sweep
         OmegaConf.save(self.config, sweep.directory.path / "multirun.yaml")
         study = Study(sweep, StudySettings(**self.settings), fixed, swept)
+        expected = study.settings.trials * sweep.settings.repeats
         try:
-            sweep.run(study, study.known(), study.settings.trials * sweep.settings.repeats, self.launcher.processes)
+            with sweep.processes(self.launcher.processes, expected) as processes:
+                sweep.run(study, study.known(), expected, processes)
         finally:
             sweep.extra["study"] = study.facts()
         return _finish(self.launcher)
