@@ -29,6 +29,7 @@ class World:
 
     started: list[Trial] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)  # jobs of work that trials share
+    places: list[str] = field(default_factory=list)  # "open" and "closed", each time they were
     fails: Callable[[dict[str, Any]], bool] = lambda settings: False
     stop_after: int | None = None  # trials; then Ctrl-C
     kill_after: int | None = None  # trials; then the sweep's process is gone
@@ -49,7 +50,7 @@ class InstantProcesses:
     running: dict[str, Any] = field(default_factory=dict)
 
     def open(self) -> None:
-        pass
+        self.world.places.append("open")
 
     def free(self) -> int:
         return len(self.slots) - len(self.running)
@@ -90,6 +91,7 @@ class InstantProcesses:
         return 3600.0
 
     def close(self) -> None:
+        self.world.places.append("closed")
         self.running.clear()
 
     def _life(self, trial: Trial) -> Any:

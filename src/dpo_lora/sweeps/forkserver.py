@@ -47,7 +47,6 @@ def main() -> int:
     gc.disable()  # imports make a million objects that stay; looking for those that do not takes a tenth of the time
     _import_stack()
     gc.enable()
-    gc.collect()
     gc.freeze()  # the collector would write into, and so copy, every shared page
     server = _Server(connection)
     server.say({"ready": round(time.monotonic() - begun, 3)})
