@@ -84,11 +84,11 @@ class FiniteGuard(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        assert model is not None
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert optimizer is not None
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # The sum of norms is finite only if every element is; one transfer from the device, not one a tensor.
         if grads and not torch.stack(torch._foreach_norm(grads)).sum().isfinite():
             raise NotFiniteError(

@@ -135,7 +135,8 @@ class PairTrainer(ExactScoring):
         mean over the step's pairs however they are cut. Out of memory, the step is cut finer and
         done again; the optimizer has not moved by then.
         """
-        model.train()
+        if not model.training:  # it visits every module, and most steps follow a step
+            model.train()
         self._is_untrained = False
         rows = inputs["rows"]
         noted = {name: len(values) for name, values in self._metrics["train"].items()}

@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpo_lora.errors import UserError
 from dpo_lora.files import write_json
 from dpo_lora.schema import RunSettings
@@ -66,6 +64,8 @@ def prepare(settings: RunSettings, orders: list[list[Any]]) -> None:
     Raises:
         UserError: as a trial of the group would.
     """
+    import numpy as np
+
     from dpo_lora import device, lineage, lora, model
     from dpo_lora.dpo.arguments import arguments, optimizer_steps
     from dpo_lora.dpo.rows import rows_read

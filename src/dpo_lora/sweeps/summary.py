@@ -9,13 +9,16 @@ import json
 import os
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_lora.files import read_jsonl, write_atomic
 from dpo_lora.rundir import FAILED, FINISHED, RUNNING
-from dpo_lora.sweeps import endings, ranking
+from dpo_lora.sweeps import endings
 from dpo_lora.sweeps.directory import SweepDir
 from dpo_lora.sweeps.trial import Trial, read_all
+
+if TYPE_CHECKING:
+    from dpo_lora.sweeps import ranking
 
 # Columns of trials.csv between the varied settings and the figures.
 _FIGURES = (
@@ -35,6 +38,8 @@ def build(sweep: SweepDir, objectives: list[str], confidence: float, *, live: bo
     rows = [row(trial, live=live) for trial in trials]
     by_status = Counter(r["status"] for r in rows)
     scores = [s for t, r in zip(trials, rows, strict=True) if r["status"] == FINISHED and (s := _score(t, objectives))]
+    from dpo_lora.sweeps import ranking  # and numpy, for which no trial need wait
+
     ranked = ranking.rank(scores, objectives[0], confidence)
     return {
         "objectives": objectives,
@@ -48,6 +53,8 @@ def build(sweep: SweepDir, objectives: list[str], confidence: float, *, live: bo
 
 
 def _score(trial: Trial, objectives: list[str]) -> ranking.Score | None:
+    from dpo_lora.sweeps import ranking
+
     return ranking.score(trial, objectives[0])
 
 
