@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--pairs-per-step", type=int, nargs="+", default=[64, 16, 4])
     parser.add_argument("--skip", nargs="*", default=["chat:64"], help="WORKLOAD:PAIRS; the default takes minutes")
-    parser.add_argument("--pairs", type=int, default=16, help="at least; never less than two steps' for small steps")
+    parser.add_argument("--pairs", type=int, default=16, help="in all; at least one step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=8192, help="tokens per micro-batch")
     parser.add_argument("--ablate", nargs="*", default=["medium:64"], help="WORKLOAD:PAIRS, measured piece by piece")
@@ -164,7 +164,7 @@ def main() -> None:
     any_rows = make_rows(WORKLOADS["short"], 4, vocabulary)
     bench = Bench(args.shape, any_rows, args.device, getattr(torch, args.dtype), args.budget)
     print(f"model made after {time.monotonic() - began:.0f} s", flush=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
     cases = [(count, workload) for count in args.pairs_per_step for workload in args.workload]
     for count, workload in cases:
         if f"{workload}:{count}" not in args.skip:

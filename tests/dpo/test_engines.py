@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from dpo_lora import lora
 from dpo_lora.dpo.engines import _beginning
 from dpo_lora.files import read_jsonl
-from dpo_lora.rundir import FAILED, RunDir
+from dpo_lora.rundir import FAILED, FINISHED, RunDir
 from harness import ROOT, CommandLine, dpo_lora
 
 FAST = ["train.learning_rate=1e-2"]
@@ -125,6 +127,19 @@ def test_a_policy_that_does_not_start_as_its_reference_is_not_trained(
     assert not run.eval_file.exists(), "nothing is said of a start that was not what it was taken for"
     assert not list(run.checkpoints.glob("checkpoint-*"))
     assert run.manifest()["status"] == FAILED
+
+
+def test_what_training_draws_at_random_is_not_taken_for_a_moved_start(
+    cli: CommandLine, tiny_overrides: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Attention dropout is drawn anew for policy and reference; it is a model's own, no setting turns it off."""
+    model = tmp_path / "with-attention-dropout"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    run = RunDir(cli("train", *tiny_overrides, *FAST, f"model.name={model}").run)
+    assert run.manifest()["engine"]["engine"] == "stock"
+    assert run.manifest()["status"] == FINISHED
 
 
 def test_a_parents_reference_is_not_the_bases(cli: CommandLine, tiny_overrides: list[str]) -> None:

@@ -116,10 +116,12 @@ class TokenisedDPOTrainer(DPOTrainer):
         return dataset
 
 
-def trainer(base, rows: list[dict], tmp_path, adapter_scale: float = 0.1, **options) -> DPOTrainer:
+def trainer(
+    base, rows: list[dict], tmp_path, adapter_scale: float = 0.1, lora: dict | None = None, **options
+) -> DPOTrainer:
     """TRL's trainer with a LoRA adapter whose B is not zero."""
-    target = "all-linear"
-    peft_config = LoraConfig(r=4, lora_alpha=8, target_modules=target, task_type="CAUSAL_LM")
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **(lora or {})}
+    peft_config = LoraConfig(task_type="CAUSAL_LM", **adapter)
     settings = {
         "gradient_checkpointing": False,
         "bf16": False,

@@ -10,7 +10,7 @@ import torch
 from tests.engine import worlds
 from tests.engine.test_attention import ALL, dense, plan_of
 
-from dpo_lora.engine import compiled
+from dpo_lora.engine import compiled, gpu_passes
 from dpo_lora.engine.attention import KERNELS, default_kernel
 from dpo_lora.engine.batching import TokenBudget
 from dpo_lora.engine.forward import PackedForward
@@ -99,9 +99,12 @@ def test_bfloat16_is_as_near_to_float32_as_trl_is(engine, name, tmp_path):
     assert 0 < noise[1] < 1.2 * noise[0]
 
 
-def test_layers_are_compiled(tmp_path):
-    """Nothing fell back to plain passes in this process."""
+def test_layers_are_written_out_and_compiled(tmp_path, monkeypatch):
+    """The flash kernel is called by `gpu_passes`, and nothing fell back to plain passes in this process."""
+    calls, flash = [], gpu_passes.flash
+    monkeypatch.setattr(gpu_passes, "flash", lambda *args: calls.append(args) or flash(*args))
     stock_and_packed(tmp_path, torch.bfloat16)
+    assert len(calls) == 4, "a call for each layer of the policy and of the reference"
     assert not compiled._refused
 
 

@@ -46,11 +46,14 @@ def test_a_server_that_is_still_importing_is_not_waited_for() -> None:
 def test_a_process_that_leaves_loses_nothing() -> None:
     script = """
 import atexit, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from dpo_lora.sweeps.forkserver import _leave
 atexit.register(print, "handler")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+pool = ThreadPoolExecutor(1)  # its worker waits for more work for as long as it is let
+pool.submit(int)
 print("buffered")
 _leave(3)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout.split(), done.stderr) == (3, ["buffered", "thread", "handler"], "")

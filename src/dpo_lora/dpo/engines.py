@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Tokens in memory at a time to start from and to grow to. On a CPU matrix products gain nothing past some
-# hundred rows while buffers leave the cache (measured: docs/performance.md); a GPU is filled until it refuses.
+# hundred rows while buffers leave the cache; a GPU waits for Python below some thousand tokens, and above the
+# ceiling time gains little for much memory (measured: docs/performance.md).
 CPU_TOKENS = (1280, 1280)
 GPU_TOKENS = (8192, 16384)
 
@@ -39,12 +40,14 @@ class EngineChoice:
     packed: PackedForward | None
     reason: str | None  # why it is not packed
     difference: float | None  # the probe's: packed against stock log-probabilities, relative
+    layers: str | None = None  # the model's own or written out; None where it is not packed
     is_known: bool = False  # the probe was passed by an earlier run, on the same bits by the same code
 
     def describe(self) -> dict[str, Any]:
         return {
             "engine": "stock" if self.packed is None else "packed",
             "attention": None if self.packed is None else self.packed.attention,
+            "layers": self.layers,
             "why_stock": self.reason,
             "probe_difference": self.difference,
             "probe_known": self.is_known,
@@ -77,10 +80,12 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
         statistics += ("log_sum_sq_probs",)
     packed = PackedForward(trainer.model, statistics, **kernel, recompute=train.gradient_checkpointing)
     packed.install()
+    with trainer.accelerator.autocast():
+        layers = "written out" if packed.writes_out() else "the model's"
     when = " (proven by an earlier run)" if verdict.known else ""
     difference = verdict.difference
     log.info("Pair packing: attention %s; probe differs by %.1e from stock%s.", packed.attention, difference, when)
-    return EngineChoice(packed, None, difference, verdict.known)
+    return EngineChoice(packed, None, difference, layers, verdict.known)
 
 
 def _beginning(row: dict[str, Any]) -> dict[str, Any]:

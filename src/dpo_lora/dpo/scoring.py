@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 from trl.trainer.utils import use_adapter
 
 from dpo_lora.dpo.engines import EngineChoice
@@ -110,28 +110,37 @@ class ExactScoring(WholeCheckpoints):
     def check_start(self) -> None:
         """See to it that before the first update policy and reference are one: each margin 0, the DPO loss ln 2.
 
-        The first step computes both for its own pairs and checks them before it updates anything, so nothing
+        The first step computes both for its own pairs and looks at them before it updates anything, so nothing
         is scored for it here. Only where dropout would show as a difference there, held-out pairs are.
 
         Raises:
             UserError: they differ, so every number of the run would be measured from a wrong zero.
         """
         if self.run.lora.dropout > 0:
-            scores = self.score(self.heldout.select(range(min(4, len(self.heldout)))))
-            self._require_start(scores.margins, scores.tokens_chosen + scores.tokens_rejected)
+            self._require_start()
         else:
             self._start_is_open = True
         self._is_untrained = True
 
-    def _require_start(self, margins: NDArray[np.float64], tokens: NDArray[np.int64]) -> None:
-        """Margins of N pairs and tokens of both their answers, as they have to be before the first update."""
-        off = float(np.max(np.abs(margins) / tokens))
-        # Rounding of the format the model computes in, per token; a moved base is off by far more.
-        tolerance = 1e-5 if next(self.model.parameters()).dtype is torch.float32 else 1e-2
-        if not off <= tolerance:
+    def _look_at_start(self, margins: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Margins of the first step's pairs and tokens of both their answers; where they are off, held-out pairs,
+        scored without what training draws at random, decide. Numbers that are not finite have an error of their own."""
+        off = float((margins.abs() / tokens.clamp_min(1)).max())
+        if math.isfinite(off) and off > self._rounding():
+            self._start_is_open = False
+            self._require_start()
+
+    def _require_start(self) -> None:
+        scores = self.score(self.heldout.select(range(min(4, len(self.heldout)))))
+        off = float(np.max(np.abs(scores.margins) / (scores.tokens_chosen + scores.tokens_rejected)))
+        if not off <= self._rounding():
             if self.record is not None:
                 self.record.clear()  # of a score that took the two for one
             raise UserError(
                 f"Before the first update the policy is not its reference: margins differ by {off:.2g} nats a token. "
                 "Some lora.init or a changed base model moves the start; nothing was trained."
             )
+
+    def _rounding(self) -> float:
+        """Nats a token that the format the model computes in may be off by; a moved base is off by far more."""
+        return 1e-5 if next(self.model.parameters()).dtype is torch.float32 else 1e-2

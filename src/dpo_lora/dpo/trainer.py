@@ -194,7 +194,7 @@ class PairTrainer(ExactScoring):
         margins = chosen - rejected
         tokens = inputs["completion_mask"].sum(dim=1).view(2, -1).sum(dim=0)
         if self._start_is_open and self.model.training:
-            self._require_start(margins.double().cpu().numpy(), tokens.cpu().numpy())
+            self._look_at_start(margins, tokens)
         wins = torch.where(margins.abs() <= TIE_PER_TOKEN * tokens, 0.5, (margins > 0).float())
         self._metrics["train" if self.model.training else "eval"]["rewards/accuracies"][-1] = wins.mean().item()
         return loss

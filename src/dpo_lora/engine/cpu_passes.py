@@ -50,8 +50,8 @@ def normalise_again(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
 
 
 def normalise_backward(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, beside: Tensor | None) -> Tensor:
-    """Gradient of `normalise` for its input, plus ``beside`` (the residual's), made in place of `grad` [T, hidden]."""
-    grad.mul_(weight)
+    """Gradient of `normalise` for its input, plus ``beside`` (the residual's), [T, hidden]."""
+    grad = grad * weight
     along = torch.linalg.vecdot(grad, x)[:, None] * inverse**3 / x.shape[1]
     grad.mul_(inverse).addcmul_(x, along, value=-1)
     return grad if beside is None else grad.add_(beside)

@@ -36,7 +36,7 @@ def passes_for(weight: Tensor) -> ModuleType | None:
     autocast = torch.is_autocast_enabled(device)
     if device == "cpu" and dtype in (torch.float32, torch.float64) and not autocast:
         return cpu_passes
-    if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    if device == "cuda" and dtype == torch.bfloat16:
         return gpu_passes if not autocast or torch.get_autocast_dtype(device) == dtype else None
     return None
 
@@ -127,4 +127,4 @@ class _FinalNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, inverse, weight = ctx.saved_tensors
-        return ctx.passes.normalise_backward(grad.clone(), x, inverse, weight, None), None, None, None
+        return ctx.passes.normalise_backward(grad, x, inverse, weight, None), None, None, None

@@ -61,10 +61,13 @@ class PackedForward:
 
     @property
     def attention(self) -> str:
-        """Name of the kernel in use: "flash" (`flash_attention.py`) where `decoder.py` runs the layers."""
+        """Name of the kernel in use: on a CPU "flash" (`flash_attention.py`) where the layers are written out."""
         on_cpu = self.base.get_input_embeddings().weight.device.type == "cpu"
-        by_hand = on_cpu and self._may_write_out and read_layers(self.base.base_model) is not None
-        return "flash" if by_hand else self.kernel
+        return "flash" if on_cpu and self.writes_out() else self.kernel
+
+    def writes_out(self) -> bool:
+        """Whether `decoder.py` runs the layers, in the present state of the model (and of autocast)."""
+        return self._may_write_out and read_layers(self.base.base_model) is not None
 
     @property
     def _may_write_out(self) -> bool:

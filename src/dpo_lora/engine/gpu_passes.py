@@ -1,4 +1,4 @@
-"""What a decoder layer computes besides its matrix products, on a GPU in bfloat16 or float16.
+"""What a decoder layer computes besides its matrix products, on a GPU in bfloat16.
 
 Each pass is written in plain torch with float32 inside and compiled to one kernel where its tensors are on a GPU, so
 every [T, hidden] and [T, intermediate] goes through memory once a pass; elsewhere (tests) it runs as written. One that

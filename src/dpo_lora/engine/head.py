@@ -26,9 +26,8 @@ from dpo_lora.engine.products import linear
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # 8 MiB of float32 stay in a CPU's last-level cache; on a GPU 256 MiB of bfloat16, half of them logits
 _TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-_TILE_STEP = (
-    64  # a tile is a whole number of these wide: a GPU's products want rows that begin at multiples of 16 bytes
-)
+# Tiles are whole multiples of it wide: a GPU's products want rows that begin at multiples of 16 bytes.
+_TILE_STEP = 64
 
 
 @dataclass(frozen=True)

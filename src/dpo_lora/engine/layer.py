@@ -4,7 +4,7 @@
 
 Eager autograd walks about sixty passes over [T, hidden] and [T, intermediate] a layer, each through memory.
 Written out, what is not a matrix product shrinks to a dozen passes, and only what backward needs is
-kept: the layer's input, the rotated q and k, v, the attention output, the middle residual, gate and up, and the
+kept: the layer's input, the rotated q, keys and values, the attention output, the middle residual, gate and up, and the
 narrow LoRA products.
 
 Those passes are `cpu_passes`, which work in place, or `gpu_passes`, which are compiled.
@@ -83,6 +83,7 @@ def _forward(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan, a
     q, k, v = (y.view(len(x), -1, parts.head_dim) for y in qkv)
     q, k = passes.rotate(q, k, rotation.cos, rotation.sin, 1.0)
     keys, values = passes.gathered(k, v, plan)
+    del qkv, k, v
     attended, levels = passes.attend(q, keys, values, plan, parts.scale)
     [middle], low_out = project(attended.view(len(x), -1), parts.output, start=x)
     normed, inverse2 = passes.normalise(middle, parts.mlp_norm, parts.epsilon)

@@ -119,7 +119,7 @@ def prepared(groups: list[tuple[Projection, ...]]) -> list[Group]:
             piece.mul_(p.scale)
     downs = downs.to(dtype)
     ups = [p.up.detach() for p in adapted]
-    if ups[0].dtype != dtype:
+    if any(up.dtype != dtype for up in ups):
         flat = torch.cat([up.reshape(-1) for up in ups]).to(dtype)
         ups = [piece.view_as(up) for piece, up in zip(flat.split([up.numel() for up in ups]), ups, strict=True)]
     made, at, up = [], 0, iter(ups)

@@ -50,7 +50,7 @@ class Proofs:
             base.config._attn_implementation, *_adapters(model), sorted(engine.items()),
         ):  # fmt: skip
             digest.update(f"{fact}\n".encode())
-        tensors = {**dict(batch), **{n: p for n, p in model.named_parameters() if _is_adapters(n)}}
+        tensors = {**dict(batch), **{n: p for n, p in model.named_parameters() if p.requires_grad or _is_adapters(n)}}
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

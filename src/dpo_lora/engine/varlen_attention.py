@@ -173,9 +173,8 @@ def flex_pairs(
     def cap(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)
 
-    with torch._dynamo.config.patch(
-        recompile_limit=64
-    ):  # rows of a block, of blocks, with an opening, in other formats
+    # It is compiled again for rows of one block and of several, with and without an opening, for each format.
+    with torch._dynamo.config.patch(recompile_limit=64):
         out = _flex(softcap is None)(
             query, key, value, score_mod=None if softcap is None else cap, block_mask=plan.notes["block_mask"],
             scale=scale, enable_gqa=query.shape[1] != key.shape[1],

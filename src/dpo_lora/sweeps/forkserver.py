@@ -174,9 +174,7 @@ def _leave(code: int) -> NoReturn:
 
     But without taking its modules apart: that would write into, and so copy, every page shared with the server.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # ends the workers of thread pools, too
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

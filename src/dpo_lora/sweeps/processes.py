@@ -163,7 +163,9 @@ class LocalProcesses:
             self._connection.close()
             self._connection = None
         if self._server is not None:
-            if not self._is_ready:  # still importing: it has nothing to end, and would not hear for seconds
+            if (
+                not self._is_ready and not self._taken
+            ):  # still importing: it has nothing to end, and would not hear for seconds
                 self._server.kill()
             try:
                 self._server.wait(timeout=5)
