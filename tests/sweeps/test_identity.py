@@ -39,6 +39,19 @@ def test_a_grown_grid_runs_only_the_new_trials(cli: CommandLine, world: World, s
     assert best == next(row["trial"] for row in rows if row["dpo.beta"] == "0.1")
 
 
+def test_a_value_that_cannot_be_leaves_no_sweep_and_changes_none(
+    cli: CommandLine, world: World, sweep_words: list[str], tmp_path: Path
+) -> None:
+    refused = cli(*sweep_words, "dpo.beta=0.1,-1")
+    assert (refused.code, world.started) == (2, [])
+    assert "dpo.beta=-1" in refused.err
+    assert not list(tmp_path.rglob("sweep.json"))
+    sweep = _sweep(cli(*sweep_words, "dpo.beta=0.05,0.1"))
+    before = facts(sweep)
+    assert cli(*sweep_words, "dpo.beta=0.05,-1").code == 2
+    assert facts(sweep) == before
+
+
 def test_repeats_are_seeds_and_grow_too(cli: CommandLine, world: World, sweep_words: list[str]) -> None:
     cli(*sweep_words, "dpo.beta=0.05,0.1", "sweep.repeats=3")
     assert [(t.varied["dpo.beta"], t.seed) for t in world.started] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class SweepDir:
 
     path: Path
     _lock: FileLock = field(init=False, repr=False, compare=False)
+    _before: dict[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)  # sweep.json's words
 
     def __post_init__(self) -> None:
         self._lock = FileLock(self.path / ".lock", timeout=_PATIENCE)
@@ -78,7 +80,8 @@ class SweepDir:
                 sweep._hold()
                 sweep._check(digest)
                 facts = {"identity": digest, "cwd": str(Path.cwd()), "status": RUNNING, **facts}
-                sweep.write({"started": now(), **sweep.summary(), **facts, "resumed": now()})
+                sweep._before = sweep.summary()
+                sweep.write({"started": now(), **sweep._before, **facts, "resumed": now()})
         except OSError as error:
             raise UserError(
                 f"Cannot write a sweep into {given or outputs}: {error.strerror}. "
@@ -106,6 +109,18 @@ class SweepDir:
 
     def release(self) -> None:
         self._lock.release()
+
+    def abandon(self) -> None:
+        """Let go of a sweep whose trials cannot be: as it was before, or, if it was not, without a trace."""
+        if self._before:
+            self.write(self._before)
+            self.release()
+            return
+        self.release()
+        for name in (self.summary_file.name, "multirun.yaml", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what else lies in a folder that was named is not ours
+            self.path.rmdir()
 
     def is_live(self) -> bool:
         """Whether a process is running this sweep now."""

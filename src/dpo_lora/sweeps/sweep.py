@@ -112,7 +112,11 @@ class Sweep:
     def run_all(self, jobs: Sequence[Sequence[str]], start: StartProcesses) -> list[list[Trial]]:
         """Run the trials of a list of settings; the trials, by setting."""
         with self.processes(start, len(jobs) * self.settings.repeats) as processes:
-            groups = [self.compose(overrides) for overrides in jobs]
+            try:
+                groups = [self.compose(overrides) for overrides in jobs]
+            except UserError:
+                self.directory.abandon()
+                raise
             trials = list({trial.id: trial for group in groups for trial in group}.values())
             for trial in trials:
                 trial.write()

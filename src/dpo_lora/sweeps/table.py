@@ -33,6 +33,7 @@ class Watch:
         self.expected = 0  # trials in all, as far as known
         self._begun, self._drawn = time.monotonic(), 0.0
         self._over_before: set[str] = set()
+        self._seen = 0, 0.0  # trials that have ended since the begin, and when that was seen
         self._told: dict[str, str] = {}
         self._live: Live | None = None
 
@@ -99,8 +100,12 @@ class Watch:
         left = max(0, self.expected - len(over))
         if not fresh or not left:
             return ""
-        seconds = (time.monotonic() - self._begun) / len(fresh) * left
-        return f"about {duration(seconds)} left"
+        if len(fresh) != self._seen[0]:
+            self._seen = len(fresh), time.monotonic()
+        count, at = self._seen
+        # At the rate at which trials had ended when the last one did; since then time has gone by.
+        seconds = (at - self._begun) / count * left - (time.monotonic() - at)
+        return f"about {duration(seconds)} left" if seconds > 0 else ""
 
 
 def duration(seconds: float) -> str:
