@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def compiled(*dims: int, vectors: bool = False) -> Callable[[Function], Function
                 _refused.add(run)
                 return function(*args)
 
-        return run  # type: ignore[return-value]
+        return cast(Function, run)
 
     return decorate
 
