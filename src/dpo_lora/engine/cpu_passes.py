@@ -40,7 +40,7 @@ def put_back(d_k: Tensor, d_v: Tensor, plan: PairPlan) -> tuple[Tensor, Tensor]:
 
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """RMS norm: x [T, hidden] -> (x / rms * weight, 1 / rms [T, 1])."""
-    inverse = torch.linalg.vecdot(x, x).div_(x.shape[1]).add_(epsilon).rsqrt_()[:, None]
+    inverse = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_().div_(x.shape[1]).add_(epsilon).rsqrt_()
     return normalise_again(x, inverse, weight), inverse
 
 

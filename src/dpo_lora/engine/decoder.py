@@ -42,7 +42,7 @@ def passes_for(weight: Tensor) -> ModuleType | None:
 
 
 def run_decoder(backbone: nn.Module, plan: PairPlan, recompute: bool = False) -> Tensor | None:
-    """Last hidden states [T, hidden] of the plan's row, or None if the backbone must run its own forward.
+    """Last hidden states [R, hidden] of the plan's scored rows, or None if the backbone must run its own forward.
 
     recompute keeps only each layer's input for the backward pass and computes the rest again; the model's own
     gradient checkpointing asks for the same.
@@ -57,8 +57,9 @@ def run_decoder(backbone: nn.Module, plan: PairPlan, recompute: bool = False) ->
         half = cos.shape[-1] // 2
         rotation = Rotation(*(t[0, :, None, :half].contiguous() for t in (cos, sin)))
         x = x[0]
-        for parts in layers:
+        for parts in layers[:-1]:
             x = run_layer(x, parts, rotation, plan)
+        x = run_layer(x, layers[-1], rotation, plan, plan.scored_rows)
         return _FinalNorm.apply(x, backbone.norm.weight, backbone.norm.variance_epsilon, layers[0].passes)
 
 

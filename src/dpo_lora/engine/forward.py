@@ -102,9 +102,9 @@ class PackedForward:
             )
         # A model in training that takes no gradient is asked as the reference: TRL reads its log-probabilities alone.
         only_log_probs |= self.model.training and not torch.is_grad_enabled()
-        hidden, router_logits = self.hidden_states(plan, routed)
+        hidden, router_logits = self.entry_states(plan, routed)
         scores = token_scores(
-            hidden[plan.head_rows],
+            hidden,
             self.base.get_output_embeddings(),
             plan.head_labels,
             self.rule,
@@ -114,21 +114,21 @@ class PackedForward:
         for name in set(STATISTICS) - set(scores) - {"log_sum_sq_probs"}:
             spread[name] = torch.zeros_like(spread["log_probs"], dtype=torch.bool if name == "is_top1" else None)
         aux_loss = None if router_logits is None else self._aux_loss(router_logits, plan)
-        return FusedCausalLMOutput(label_mask=plan.slots < len(plan.head_rows), aux_loss=aux_loss, **spread)
+        return FusedCausalLMOutput(label_mask=plan.slots < len(plan.head_labels), aux_loss=aux_loss, **spread)
 
-    def hidden_states(self, plan: PairPlan, router_logits: bool = False) -> tuple[Tensor, tuple | None]:
-        """Last hidden states [T, H] of the plan's row and, if asked, the routers' logits of a mixture of
+    def entry_states(self, plan: PairPlan, router_logits: bool = False) -> tuple[Tensor, tuple | None]:
+        """The last hidden state of each head entry [N, H] and, if asked, the routers' logits of a mixture of
         experts."""
         if self._may_write_out and not router_logits:
             hidden = run_decoder(self.base.base_model, plan, self.recompute)
             if hidden is not None:
-                return hidden, None
+                return hidden[plan.entry_rows], None
         kwargs = {"output_router_logits": True} if router_logits else {}
         with packed_rows(plan):
             out = self.base.base_model(
                 input_ids=plan.input_ids, position_ids=plan.position_ids, use_cache=False, **kwargs
             )
-        return out.last_hidden_state[0], getattr(out, "router_logits", None) if router_logits else None
+        return out.last_hidden_state[0][plan.head_rows], getattr(out, "router_logits", None) if router_logits else None
 
     def _aux_loss(self, router_logits: tuple[Tensor, ...], plan: PairPlan) -> Tensor:
         """Load-balancing loss over the tokens stock sees: a shared token counts once for each of its

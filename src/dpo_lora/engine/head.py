@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_lora.engine.head_tile import Sums, fold_tile
-from dpo_lora.engine.products import linear
+from dpo_lora.engine.products import add_linear, linear
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # 8 MiB of float32 stay in a CPU's last-level cache; on a GPU 256 MiB of bfloat16, half of them logits
@@ -82,15 +82,14 @@ class _LabelLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, rule, statistics):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        fold = _Fold(hidden.to(dtype), labels, rule, statistics, gradient=ctx.needs_input_grad[0])
+        fold = _Fold(hidden.to(dtype), labels, rule, statistics, ctx.needs_input_grad[0], bias is not None)
         vocabulary = weight.shape[0]
         budget = _TILE_ELEMENTS.get(device, _TILE_ELEMENTS["cpu"])
         width = min(vocabulary, max(1024, budget // max(len(labels), 1) // _TILE_STEP * _TILE_STEP))
         for start in range(0, vocabulary, width):
             stop = min(start + width, vocabulary)
             fold.add(weight[start:stop].to(dtype), None if bias is None else bias[start:stop].to(dtype), start)
-        gradient = fold.hidden_gradient(weight)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(fold.hidden_gradient(weight))
         ctx.dtype = hidden.dtype
         results = (fold.log_probs(), *(fold.statistic(name, vocabulary) for name in statistics))
         ctx.mark_non_differentiable(*results[1:])
@@ -106,7 +105,9 @@ class _Fold:
     """Running sums over vocabulary tiles for N tokens; everything [N] and float32 except `weighted` [N,
     H]."""
 
-    def __init__(self, hidden: Tensor, labels: Tensor, rule: HeadRule, statistics: tuple, gradient: bool) -> None:
+    def __init__(
+        self, hidden: Tensor, labels: Tensor, rule: HeadRule, statistics: tuple, gradient: bool, bias: bool
+    ) -> None:
         count = len(labels)
 
         def start(value: float = 0.0) -> Tensor:
@@ -119,6 +120,11 @@ class _Fold:
         self.weighted = None
         if gradient:
             self.weighted = torch.zeros(hidden.shape, device=hidden.device, dtype=torch.float32)
+        # Where logits are linear in h, sum_j p_j z_j = scale * h . sum_j p_j W_j, which the gradient has anyway, and
+        # the entropy takes no pass over the tiles. On a GPU it takes none of its own, and these sums are rounded.
+        by_gradient = gradient and not bias and rule.softcap is None and hidden.dtype is torch.float32
+        self.sums_entropy = "entropy" in self.wanted and (hidden.is_cuda or not by_gradient)
+        self.mean_logit: Tensor | None = None  # sum_j p_j z_j, where it comes from the gradient
 
     def add(self, weight: Tensor, bias: Tensor | None, first: int) -> None:
         """Fold the tile of vocabulary ids first ... first + len(weight) - 1; weight [V_tile, H]."""
@@ -141,8 +147,8 @@ class _Fold:
         if self.rule.softcap is not None:
             keep = 1 - (z / self.rule.softcap) ** 2
         z.sub_(peak[:, None])
-        e = z.exp() if "entropy" in self.wanted else z.exp_()
-        if "entropy" in self.wanted:
+        e = z.exp() if self.sums_entropy else z.exp_()
+        if self.sums_entropy:
             # sum_j e^(z_j - peak) (z_j - peak); the clamp is for the first tile, whose earlier peak is -inf
             moved = self.entropy_sum + (self.peak - peak).clamp_min(-1e30) * self.total
             self.entropy_sum = moved * rescale + torch.linalg.vecdot(e, z)
@@ -195,6 +201,8 @@ class _Fold:
 
     def statistic(self, name: str, vocabulary: int) -> Tensor:
         if name == "entropy":
+            if self.mean_logit is not None:
+                return self.peak + self.total.log() - self.mean_logit
             return self.total.log() - self.entropy_sum / self.total
         if name == "log_sum_sq_probs":
             return self.square_sum.log() - 2 * self.total.log()
@@ -207,6 +215,8 @@ class _Fold:
         if self.weighted is None:
             return None
         gradient = self.weighted.div_(-self.total[:, None])
+        if "entropy" in self.wanted and not self.sums_entropy:
+            self.mean_logit = torch.linalg.vecdot(self.hidden, gradient).mul_(-self.rule.scale)
         label_rows = weight[self.labels].to(self.hidden.dtype).float()
         if self.rule.softcap is not None:
             label_rows = label_rows * (1 - (self.label_logit / self.rule.softcap) ** 2)[:, None]
@@ -217,7 +227,7 @@ class _Fold:
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right, in float32: rounding each tile's product to bfloat16 first biases training."""
     if left.dtype == torch.float32:
-        return linear(left, right.t(), total)
+        return add_linear(total, left, right.t())
     if total.is_cuda:
         return total.add_(torch.mm(left, right, out_dtype=torch.float32))
     return total.add_(torch.mm(left.float(), right.float()))

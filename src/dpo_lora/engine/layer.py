@@ -53,16 +53,17 @@ class Rotation:
     sin: Tensor
 
 
-def run_layer(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan) -> Tensor:
-    """x [T, hidden] -> [T, hidden]."""
-    return _Layer.apply(x, parts, rotation, plan, *parts.adapters)
+def run_layer(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows: Tensor | None = None) -> Tensor:
+    """x [T, hidden] -> [T, hidden], or [R, hidden] of the rows [R] that are asked for (each once): the others are
+    keys and values only and skip what follows the attention."""
+    return _Layer.apply(x, parts, rotation, plan, rows, *parts.adapters)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, parts, rotation, plan, *adapters):
-        out, kept = _forward(x, parts, rotation, plan)
-        ctx.parts, ctx.rotation, ctx.plan = parts, rotation, plan
+    def forward(ctx, x, parts, rotation, plan, rows, *adapters):
+        out, kept = _forward(x, parts, rotation, plan, rows)
+        ctx.parts, ctx.rotation, ctx.plan, ctx.rows = parts, rotation, plan, rows
         ctx.save_for_backward(x, *(() if parts.recompute else kept))
         return out
 
@@ -70,12 +71,12 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, grad):
         x, *kept = ctx.saved_tensors
         if not kept:
-            _, kept = _forward(x, ctx.parts, ctx.rotation, ctx.plan, again=True)
-        dx, grads = _backward(grad, x, kept, ctx.parts, ctx.rotation, ctx.plan, ctx.needs_input_grad[0])
-        return (dx, None, None, None, *grads)
+            _, kept = _forward(x, ctx.parts, ctx.rotation, ctx.plan, ctx.rows, again=True)
+        dx, grads = _backward(grad, x, kept, ctx.parts, ctx.rotation, ctx.plan, ctx.rows, ctx.needs_input_grad[0])
+        return (dx, None, None, None, None, *grads)
 
 
-def _forward(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan, again: bool = False):
+def _forward(x, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows: Tensor | None, again: bool = False):
     """The layer's output, and what the backward pass wants; again: that alone."""
     passes = parts.passes
     normed, inverse1 = passes.normalise(x, parts.attention_norm, parts.epsilon)
@@ -85,7 +86,7 @@ def _forward(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan, a
     keys, values = passes.gathered(k, v, plan)
     del qkv, k, v
     attended, levels = passes.attend(q, keys, values, plan, parts.scale)
-    [middle], low_out = project(attended.view(len(x), -1), parts.output, start=x)
+    [middle], low_out = project(_taken(attended.view(len(x), -1), rows), parts.output, start=_taken(x, rows))
     normed, inverse2 = passes.normalise(middle, parts.mlp_norm, parts.epsilon)
     (gate, up), low_gate_up = project(normed, parts.gate_up)
     del normed
@@ -98,7 +99,7 @@ def _forward(x: Tensor, parts: LayerParts, rotation: Rotation, plan: PairPlan, a
     return out, (inverse1, q, keys, values, attended, levels, middle, inverse2, gate, up, *lows)
 
 
-def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPlan, need_input: bool):
+def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows, need_input: bool):
     passes = parts.passes
     inverse1, q, keys, values, attended, levels, middle, inverse2, gate, up, *lows = kept
     low_qkv, low_out, low_gate_up, low_down = lows
@@ -113,7 +114,9 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     del d_gate, d_up
     d_middle = passes.normalise_backward(d_normed, middle, inverse2, parts.mlp_norm, grad)
 
-    d_attended, out_grads = project_backward([d_middle], attended.view(len(x), -1), low_out, parts.output)
+    read = _taken(attended.view(len(x), -1), rows)
+    d_attended, out_grads = project_backward([d_middle], read, low_out, parts.output)
+    d_attended, d_middle = (_given_back(each, rows, len(x)) for each in (d_attended, d_middle))
     d_attended = d_attended.view(attended.shape)
     d_q, d_keys, d_values = passes.attend_backward(d_attended, q, keys, values, attended, levels, plan, parts.scale)
     d_k, d_v = passes.put_back(d_keys, d_values, plan)
@@ -125,3 +128,12 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     if d_normed is not None:
         dx = passes.normalise_backward(d_normed, x, inverse1, parts.attention_norm, d_middle)
     return dx, [*qkv_grads, *out_grads, *gate_up_grads, *down_grads]
+
+
+def _taken(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _given_back(grad: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """The gradient of `_taken` for all rows [count, ...]; what was taken, was taken once."""
+    return grad if rows is None else grad.new_zeros(count, grad.shape[1]).index_copy_(0, rows, grad)

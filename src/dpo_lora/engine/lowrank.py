@@ -17,7 +17,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from dpo_lora.engine.products import linear, outer
+from dpo_lora.engine.products import add_linear, linear, outer
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def project_backward(
     dx: Tensor | None = None
     if need_input:
         for grad, weight in zip(grads, group.weights, strict=True):
-            dx = linear(grad, weight.t(), dx)
+            dx = linear(grad, weight.t()) if dx is None else add_linear(dx, grad, weight.t())
     if low is None:
         return dx, [None] * (2 * len(grads))
     adapted = [(grad, up) for grad, up in zip(grads, group.ups, strict=True) if up is not None]

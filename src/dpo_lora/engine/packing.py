@@ -41,7 +41,8 @@ class PairPlan:
                   for kernels that loop.
     input_ids:    [1, T].
     position_ids: [1, T]; the two rests of a pair carry the same positions.
-    head_rows:    [N] position in the row whose hidden state predicts the entry's label.
+    scored_rows:  [R] positions of the row that predict a label, ascending; the last layer goes on with these alone.
+    entry_rows:   [N] which of the scored rows predicts the entry's label.
     head_labels:  [N] token id.
     slots:        [2B, L-1] entry number for each place of TRL's shifted layout (chosen rows first); N where
                   there is no label.
@@ -53,7 +54,8 @@ class PairPlan:
     segments: tuple[tuple[int, int, int], ...]
     input_ids: Tensor
     position_ids: Tensor
-    head_rows: Tensor
+    scored_rows: Tensor
+    entry_rows: Tensor
     head_labels: Tensor
     slots: Tensor
     keeps_last: bool = False
@@ -74,6 +76,11 @@ class PairPlan:
     def tokens(self) -> int:
         """T: positions that are computed."""
         return self.input_ids.shape[1]
+
+    @property
+    def head_rows(self) -> Tensor:
+        """[N] position in the row whose hidden state predicts the entry's label."""
+        return self.scored_rows[self.entry_rows]
 
     @property
     def longest(self) -> int:
@@ -214,6 +221,9 @@ def _plan(chosen: list, rejected: list, width: int | None, keep_last: bool) -> P
         offset += len(a_in) + len(b_in) - shared - opening
     slots[slots < 0] = entries
 
+    head_rows = np.concatenate(row_parts) if row_parts else np.zeros(0)
+    scored_rows, entry_rows = np.unique(head_rows, return_inverse=True)
+
     def flat(parts: list) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64))
 
@@ -221,7 +231,8 @@ def _plan(chosen: list, rejected: list, width: int | None, keep_last: bool) -> P
         segments=tuple(segments),
         input_ids=flat(ids_parts)[None],
         position_ids=flat(pos_parts)[None],
-        head_rows=flat(row_parts),
+        scored_rows=flat([scored_rows]),
+        entry_rows=flat([entry_rows]),
         head_labels=flat(label_parts),
         slots=torch.from_numpy(slots),
         keeps_last=keep_last,

@@ -34,12 +34,17 @@ def _is_intel() -> bool:
 
 def linear(x: Tensor, weight: Tensor, start: Tensor | None = None) -> Tensor:
     """x [T, in], weight [out, in] (any strides) -> x W^T, plus `start` [T, out]; a new tensor."""
-    if x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() and by_onednn():
+    if _goes_to_onednn(x):
         operation = torch.ops.mkldnn._linear_pointwise
         if start is None:
             return operation(x, weight, None, "none", [], "")
         return operation.binary(x, start, weight, None, "add")
     return torch.mm(x, weight.t()) if start is None else torch.addmm(start, x, weight.t())
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` with `total` as its start, which is not needed any more: the sum may lie in its place."""
+    return linear(x, weight, total) if _goes_to_onednn(x) else total.addmm_(x, weight.t())
 
 
 def outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,6 +53,16 @@ def outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mm(left.t(), right) if left.dtype is dtype else torch.mm(left.t(), right, out_dtype=dtype)
     if left.dtype is not dtype:
         left, right = left.to(dtype), right.to(dtype)
-    if left.shape[1] > right.shape[1]:  # the narrower one is copied
-        return linear(right.t().contiguous(), left.t()).t()
-    return linear(left.t().contiguous(), right.t())
+    if left.shape[1] > right.shape[1]:  # the narrower one comes first
+        return _outer(right, left).t()
+    return _outer(left, right)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    if _goes_to_onednn(left):
+        return linear(left.t().contiguous(), right.t())
+    return torch.mm(left.t(), right)
+
+
+def _goes_to_onednn(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and x.device.type == "cpu" and x.numel() > 0 and by_onednn()

@@ -98,10 +98,10 @@ def reference_pass(packed: PackedForward, budget: TokenBudget) -> Callable[[Sequ
 
 def _score(packed: PackedForward, rows: Sequence[Tokens]) -> list[LogProbs]:
     plan = plan_pairs(rows).to(next(packed.base.parameters()).device)
-    hidden, _ = packed.hidden_states(plan)
+    hidden, _ = packed.entry_states(plan)
     head = packed.base.get_output_embeddings()
-    scores = token_scores(hidden[plan.head_rows], head, plan.head_labels, packed.rule)["log_probs"]
+    scores = token_scores(hidden, head, plan.head_labels, packed.rule)["log_probs"]
     spread = plan.scatter(scores).float().cpu()
-    scored = (plan.slots < len(plan.head_rows)).cpu()
+    scored = (plan.slots < len(plan.head_labels)).cpu()
     sides = [spread[i][scored[i]].numpy() for i in range(2 * len(rows))]
     return [(sides[i], sides[len(rows) + i]) for i in range(len(rows))]
