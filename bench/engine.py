@@ -34,6 +34,7 @@ sys.path[:0] = [
 from bench.record import write  # noqa: E402
 from bench.variants import Bench  # noqa: E402
 from bench.workloads import FILES, PAIRS_PER_STEP, SHAPES, SHARED, WORKLOADS, matmul_rate, rows_of  # noqa: E402
+from dpo_lora.engine.batching import is_out_of_memory  # noqa: E402
 
 ABLATIONS = {
     "no by-hand layers": {"layers": "plain"},
@@ -80,7 +81,9 @@ def run_workload(name: str, args: argparse.Namespace, dtype: torch.dtype) -> dic
             rates.append(matmul_rate(args.shape, args.device, dtype))
             try:
                 took, losses[key] = run()
-            except torch.OutOfMemoryError:  # a result too: this way does not fit
+            except RuntimeError as error:  # a result too: this way does not fit
+                if not is_out_of_memory(error):
+                    raise
                 took, losses[key] = float("nan"), [float("nan")] * len(bench.steps())
                 bench.model.zero_grad()
             seconds[key].append(took)
@@ -123,7 +126,7 @@ def tuned_seconds(bench: Bench, size: int) -> float | None:
     try:
         return bench.tuned(size)[0]
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has none of its own
-        if "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         print(f"  stock-tuned, batch {size}: does not fit", file=sys.stderr, flush=True)
         bench.model.zero_grad()
