@@ -76,6 +76,7 @@ def test_no_such_file_suggests_a_near_name(cli: CommandLine, tiny_overrides: lis
         (["model.quantization=nf4"], ["dpo-lora[quantized]"]),
         (["model.attention=flahs"], ["flahs", "model.attention"]),
         (["train.optimizer=adamw_troch"], ["adamw_troch", "'adamw_torch'"]),
+        (["train.epochs=null"], ["train.epochs cannot be null"]),
         (["tracking=none", "train.epochs=0.01", "train.max_steps=null"], ["less than one optimizer step"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

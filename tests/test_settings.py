@@ -14,7 +14,7 @@ import pytest
 import trl
 from trl.trainer import dpo_trainer
 
-from dpo_lora import rules
+from dpo_lora import __main__, rules
 from dpo_lora.schema import DpoSettings, RunSettings
 from dpo_lora.settings import fingerprint, from_plain, plain, setting_names
 from harness import ROOT, CommandLine, dpo_lora
@@ -116,6 +116,27 @@ def test_help_lists_groups_and_settings() -> None:
     assert done.returncode == 0
     for word in ("sigmoid-norm", "smollm2-135m", "learning_rate", "--cfg job --resolve", 'eval "$(dpo-lora'):
         assert word in done.stdout
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
+    """As `dpo-lora train --help | head` does."""
+    words = [sys.executable, "-m", "dpo_lora", "train", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 141)
+
+
+def test_another_broken_pipe_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks() -> None:
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setattr(__main__, "_command", breaks)
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        __main__.main()
+    monkeypatch.setattr(__main__, "_command", lambda: None)
+    monkeypatch.setattr(sys, "stdout", None)  # as of `>&-`
+    __main__.main()
 
 
 def test_help_shows_the_run_at_hand_and_presets_of_ones_own(cli: CommandLine, tmp_path: Path) -> None:

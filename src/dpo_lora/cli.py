@@ -65,6 +65,9 @@ def lint(
 @app.command()
 def resume(
     run: Run,
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="A sweep: how it goes on, sweep.NAME=VALUE ... (slots, trial_timeout).")
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="A sweep: run its failed trials again, too.")] = False,
     outputs: Outputs = Path("outputs"),
 ) -> None:
@@ -78,8 +81,13 @@ def resume(
     if (sweep := directory.find(run, outputs)) is not None:
         from dpo_lora.train import main as train_main
 
-        train_main(status.command_again(sweep, retry=retry))
+        train_main(status.command_again(sweep, retry=retry, changes=changes or []))
         return
+    if changes:
+        raise UserError(
+            f"{changes[0]}: a run goes on with the settings it began with. For others start a new one with "
+            "'dpo-lora train'; with parent=RUN it begins from this one's adapter."
+        )
     found = rundir.find(run, outputs)
     if found.status() == rundir.FINISHED:
         typer.echo(f"{found.path} has finished; there is nothing to resume.", err=True)

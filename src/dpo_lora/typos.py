@@ -67,6 +67,8 @@ def _bad_setting(error: OmegaConfBaseException, key: str) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{key} has no value: give one with {key}=VALUE."
     reason = str(error.msg or error).splitlines()[0]
+    if re.search(r"\bnot Optional\b|\bNon optional\b", reason):
+        return f"{key} cannot be null: it always has a value. Leave it out for the preset's."
     if isinstance(error, ValidationError):
         return f"{key}: {reason}."
     return f"{key}: {reason}"

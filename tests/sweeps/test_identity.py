@@ -80,9 +80,13 @@ def test_the_exit_code_counts_failures_and_retry_runs_exactly_those(
     world.fails = lambda settings: False
     monkeypatch.chdir(tmp_path)  # the directory alone says how to go on
     (sweep,) = (tmp_path / "outputs").glob("dpo-*")
-    again = cli("resume", str(sweep), "--retry")
+    other = cli("resume", str(sweep), "dpo.beta=0.4")
+    assert (other.code, world.started) == (2, [])
+    assert "another sweep" in other.err
+    again = cli("resume", str(sweep), "--retry", "sweep.trial_timeout=600")
     assert again.code == 0, again.err
     assert _betas(world) == ["0.2", "0.3"]
+    assert "sweep.trial_timeout=600" in facts(sweep)["command"]
 
 
 def test_ctrl_c_stops_in_order_and_resume_goes_on(

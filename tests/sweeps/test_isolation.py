@@ -77,6 +77,7 @@ def test_every_fault_ends_its_own_trial_alone(
     assert any("cursed" in line for line in trials["2-raises"]["log"])
     for reason in reasons[1:-1]:
         assert reason in first.stderr
+    assert f"Run the failed again: dpo-lora resume {sweep} --retry\n" in first.stderr
     assert (sweep / "best").resolve().name in (trials["1-fine"]["id"], trials["7-fine"]["id"])
 
     for name in names[1:-1]:

@@ -21,7 +21,7 @@ def test_the_page_holds_every_part(cli: CommandLine, world: World, sweep_words: 
         "Training loss of 20 trials",
         "Parallel coordinates: 20 trials across dpo.beta, train.learning_rate, lora.r, accuracy",
         ">Failures<", "RuntimeError: as the test wants it",
-        ">Cost<", "From start to end", "Energy", "0.001 kWh", "Tokens trained on", "Highest memory of one trial",
+        ">Cost<", "From start to end", "Energy", "0.001 kWh", "Tokens they trained on", "Highest memory of one trial",
         "dpo-lora train -m", "dpo-lora train model=hub",  # all of it again; the best alone
     ):  # fmt: skip
         assert part in page, part

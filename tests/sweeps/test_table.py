@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lora.rundir import FINISHED, RUNNING
-from dpo_lora.sweeps import table
+from dpo_lora.rundir import FAILED, FINISHED, RUNNING
+from dpo_lora.sweeps import status, table
 from dpo_lora.sweeps.directory import SweepDir
 
 
@@ -25,3 +25,12 @@ def test_the_time_left_goes_down_between_two_ends(tmp_path: Path, monkeypatch: p
     assert said == [
         "", "about 60 s left", "about 50 s left", "about 30 s left", "about 1 s left", "", "about 19 s left", "",
     ]  # fmt: skip
+
+
+def test_trials_that_ran_out_of_time_are_not_advised_to_do_so_again() -> None:
+    late = {"status": FAILED, "reason": "ran past sweep.trial_timeout=5 s and was stopped"}
+    other = {"status": FAILED, "reason": "RuntimeError: no"}
+    fine = {"status": FINISHED, "reason": None}
+    advice = "Run the failed again: dpo-lora resume S --retry"
+    assert status.retry_advice("dpo-lora resume S", [fine, late]) == f"{advice} sweep.trial_timeout=SECONDS"
+    assert status.retry_advice("dpo-lora resume S", [fine, late, other]) == advice

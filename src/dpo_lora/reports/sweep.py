@@ -14,6 +14,7 @@ from dpo_lora.reports.drawing import Drawing, Line
 from dpo_lora.reports.pages import render, shown
 
 _MOST_LINES = 60  # learning curves in one drawing
+_SITTINGS_TOLD = 3  # each for itself; of more their sum
 
 
 def write(sweep: Path) -> Path:
@@ -136,14 +137,22 @@ def _costs(facts: dict[str, Any], finished: list[dict[str, Any]]) -> list[tuple[
     sittings = facts.get("sittings", [])  # a sweep that was never gone on with may be older than they are
     known = [s["energy_joules"] for s in sittings if s["energy_joules"] is not None]
     energy = f"{sum(known) / 3.6e6:.3g} kWh of the devices it ran on" if known else "not told by this machine's devices"
+    costs = [("Trials", counts), ("From start to end", _sittings(sittings)), ("Energy", energy)]
+    if not finished:
+        return costs
     return [
-        ("Trials", counts),
-        ("From start to end", " + ".join(f"{s['seconds']:.0f} s, {s['slots']} at a time" for s in sittings)),
-        ("Trials' time, added up", f"{total('seconds'):.0f} s"),
-        ("Energy", energy),
-        ("Tokens trained on", f"{total('tokens'):,.0f}"),
+        *costs,
+        ("Finished trials' time, added up", f"{total('seconds'):.0f} s"),
+        ("Tokens they trained on", f"{total('tokens'):,.0f}"),
         ("Highest memory of one trial", f"{peak / 2**30:.2f} GiB"),
     ]
+
+
+def _sittings(sittings: list[dict[str, Any]]) -> str:
+    """How long the sweep ran, each time that it was started or gone on with."""
+    if len(sittings) > _SITTINGS_TOLD:
+        return f"{sum(s['seconds'] for s in sittings):.0f} s, started {len(sittings)} times"
+    return " + ".join(f"{s['seconds']:.0f} s, {s['slots']} at a time" for s in sittings)
 
 
 def _best_command(sweep: Path, facts: dict[str, Any]) -> str | None:

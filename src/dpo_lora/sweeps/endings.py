@@ -14,6 +14,7 @@ _LINE = 300  # characters; a crash dump lists all loaded libraries in one line
 
 # Why the sweep itself told a trial to stop.
 TIMEOUT, STOPPED, PRUNE = "timeout", "stopped", "prune"
+_PAST = "ran past sweep.trial_timeout="
 
 
 def outcome(trial: Trial, code: int, seconds: float, told: str | None, limit: float | None) -> Outcome:
@@ -33,7 +34,7 @@ def outcome(trial: Trial, code: int, seconds: float, told: str | None, limit: fl
     if told == PRUNE:
         status, why = PRUNED, "stopped early: it lay behind the others at this step"
     elif told == TIMEOUT:
-        status, why = FAILED, f"ran past sweep.trial_timeout={limit:g} s and was stopped"
+        status, why = FAILED, f"{_PAST}{limit:g} s and was stopped"
     elif told == STOPPED:
         status, why = INTERRUPTED, "the sweep was stopped"
     elif said == INTERRUPTED:
@@ -44,6 +45,11 @@ def outcome(trial: Trial, code: int, seconds: float, told: str | None, limit: fl
         # Its own last word is out of date: a killed process leaves "running" behind.
         run.write_manifest(ended(status, reason=why))
     return Outcome(status, why, code, seconds, log)
+
+
+def ran_out_of_time(reason: str | None) -> bool:
+    """Whether this is the reason of a trial that was stopped for its time."""
+    return reason is not None and reason.startswith(_PAST)
 
 
 def _why(code: int, reason: str | None, log: list[str]) -> str:

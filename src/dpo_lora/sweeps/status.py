@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -11,6 +12,7 @@ from dpo_lora.errors import UserError
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED
 from dpo_lora.sweeps import summary, table
 from dpo_lora.sweeps.directory import SweepDir
+from dpo_lora.sweeps.endings import ran_out_of_time
 from dpo_lora.sweeps.trial import PRUNED
 
 
@@ -32,15 +34,31 @@ def show(sweep: SweepDir) -> None:
     if not live and (known["status"] == INTERRUPTED or set(facts["counts"]) - {FINISHED, PRUNED, FAILED}):
         console.print(f"Go on: {again}", highlight=False, soft_wrap=True)
     if not live and FAILED in facts["counts"]:
-        console.print(f"Run the failed again: {again} --retry", highlight=False, soft_wrap=True)
+        console.print(retry_advice(again, facts["trials"]), highlight=False, soft_wrap=True)
 
 
-def command_again(sweep: SweepDir, *, retry: bool) -> list[str]:
+def retry_advice(again: str, trials: list[dict[str, Any]]) -> str:
+    """How the failed trials are run again; where all of them ran out of time, that they need more of it."""
+    failed = [trial for trial in trials if trial["status"] == FAILED]
+    more_time = all(ran_out_of_time(trial["reason"]) for trial in failed)
+    return f"Run the failed again: {again} --retry{' sweep.trial_timeout=SECONDS' if more_time else ''}"
+
+
+def command_again(sweep: SweepDir, *, retry: bool, changes: list[str]) -> list[str]:
     """The words after ``dpo-lora train`` that go on with ``sweep``, and the change into the folder they were typed in.
 
+    Args:
+        changes: overrides of how the sweep is run.
+
     Raises:
-        UserError: it was not started from a command line, or that folder is gone.
+        UserError: it was not started from a command line, that folder is gone, or a change is to what trials compute.
     """
+    for word in changes:
+        if not word.startswith("sweep."):
+            raise UserError(
+                f"{word}: with other values than it has this would be another sweep. What can change is how it is run "
+                "(sweep.NAME=VALUE); for more trials give its whole command again, grown by them."
+            )
     known = sweep.summary()
     words = [str(word) for word in known["command"][2:]]
     if not words:
@@ -52,5 +70,6 @@ def command_again(sweep: SweepDir, *, retry: bool) -> list[str]:
             f"Start it again where its files are: dpo-lora train {' '.join(words)} hydra.sweep.dir={sweep.path}"
         )
     os.chdir(folder)
-    kept = [w for w in words if not w.startswith(("hydra.sweep.dir=", "sweep.retry="))]
-    return [*kept, f"hydra.sweep.dir={sweep.path}", *(["sweep.retry=failed"] if retry else [])]
+    changes = [*changes, f"hydra.sweep.dir={sweep.path}", *(["sweep.retry=failed"] if retry else [])]
+    replaced = ("sweep.retry=", *(f"{word.split('=')[0]}=" for word in changes))
+    return [*(word for word in words if not word.lstrip("+").startswith(replaced)), *changes]

@@ -27,6 +27,7 @@ from dpo_lora.sweeps.directory import Identity, SweepDir, same
 from dpo_lora.sweeps.placement import Slot, slots
 from dpo_lora.sweeps.processes import Processes
 from dpo_lora.sweeps.queue import Listed, Queue, Source
+from dpo_lora.sweeps.status import retry_advice
 from dpo_lora.sweeps.trial import Trial, read_all
 from dpo_lora.tracking import sweep_run
 from dpo_lora.typos import explain
@@ -206,7 +207,7 @@ class Sweep:
             counts = ", ".join(f"{number} {name}" for name, number in facts["counts"].items())
             console.print(f"\nStopped: {counts}. Go on: {again}", highlight=False, soft_wrap=True)
         if failed:
-            console.print(f"\nRun the failed again: {again} --retry", highlight=False, soft_wrap=True)
+            console.print(f"\n{retry_advice(again, failed)}", highlight=False, soft_wrap=True)
         self.directory.release()
         return self.stopped if self.stopped is not None else min(len(failed), MAX_FAILED_CODE)
 

@@ -72,9 +72,10 @@ class StudySweeper(BasicSweeper):
 
 
 def _finish(launcher: TrialLauncher) -> None:
-    """The sweep's directory as the last line on stdout, and its exit code."""
+    """Close the sweep; its directory as the last line on stdout, and its exit code."""
+    code = launcher.sweep.close()
     print(launcher.sweep.directory.path, flush=True)  # noqa: T201
-    if code := launcher.sweep.close():
+    if code:
         raise SystemExit(code)
 
 
