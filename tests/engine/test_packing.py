@@ -7,7 +7,7 @@ import torch
 from tests.engine import worlds
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_lora.engine.packing import PairCollator, plan_batch, plan_pairs, truncate_pair
+from dpo_lora.engine.packing import PairCollator, plan_batch, plan_pairs
 
 
 def expected_labels(batch):
@@ -47,7 +47,7 @@ def test_every_label_has_its_entry_and_its_context(begin, max_length, mode):
         offset += shared + chosen + rejected
     assert offset == plan.tokens
 
-    sides = [truncate_pair(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"], max_length, mode) for r in rows]
+    sides = [worlds.truncate_pair(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"], max_length, mode) for r in rows]
     direct = plan_pairs(sides)
     assert direct.segments == plan.segments and direct.opening == plan.opening
     for name in ("input_ids", "position_ids", "head_rows", "head_labels", "slots"):

@@ -13,13 +13,12 @@ from tests.engine import worlds
 
 from dpo_lora.engine.batching import TokenBudget
 from dpo_lora.engine.forward import PackedForward
-from dpo_lora.engine.packing import truncate_pair
 from dpo_lora.engine.reference_cache import ReferenceCache, row_key, scope_of, sequence_log_probs
 from dpo_lora.engine.reference_pass import fingerprint_adapter, fingerprint_base, reference_pass
 
 
 def tokens(rows, max_length=None, mode="keep_start"):
-    return [truncate_pair(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"], max_length, mode) for r in rows]
+    return [worlds.truncate_pair(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"], max_length, mode) for r in rows]
 
 
 def fake(rows):

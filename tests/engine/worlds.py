@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 import transformers as tf
@@ -161,3 +162,25 @@ def close(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference relative to the larger norm."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     return float((a - b).norm() / b.norm().clamp_min(1e-12))
+
+
+def truncate_pair(
+    prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], max_length: int | None, mode: str
+) -> tuple[tuple[Sequence[int], int], tuple[Sequence[int], int]]:
+    """Both full sequences and where their completions start, cut exactly as TRL's DataCollatorForPreference cuts.
+
+    mode is "keep_start" or "keep_end". With "keep_end" the two prompts may lose different numbers of tokens.
+    Returns ((chosen ids, start), (rejected ids, start)).
+    """
+    if mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"truncation mode is {mode!r}, which TRL does not know; use 'keep_start' or 'keep_end'")
+    out = []
+    for completion in (chosen, rejected):
+        ids, start = [*prompt, *completion], len(prompt)
+        if max_length is not None and len(ids) > max_length:
+            if mode == "keep_start":
+                ids, start = ids[:max_length], min(start, max_length)
+            else:
+                ids, start = ids[-max_length:], max(0, start - (len(ids) - max_length))
+        out.append((ids, start))
+    return out[0], out[1]

@@ -15,6 +15,7 @@ from trl.trainer.utils import use_adapter
 from dpo_lora.dpo.engines import EngineChoice
 from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, lengths
 from dpo_lora.dpo.saving import WholeCheckpoints
+from dpo_lora.engine.packing import sent
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation.record import Record
 from dpo_lora.evaluation.scores import PairScores, pair_hash
@@ -33,8 +34,12 @@ class ExactScoring(WholeCheckpoints):
     _is_untrained: bool  # no step was taken, and policy and reference are one
     _start_is_open: bool  # that they are one is for the first step to check
 
-    def batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return {k: v.to(self.args.device) for k, v in self.collate(rows).items()}
+    def batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The collated rows on the device; with their plan where they are packed."""
+        collated = self.collate(rows)
+        plan = collated.pop("pair_plan", None)
+        batch = {k: sent(v, self.args.device) for k, v in collated.items()}
+        return batch if plan is None else {**batch, "pair_plan": plan.to(self.args.device)}
 
     def score(self, rows: Dataset | ReferenceRows, *, untrained: bool = False) -> PairScores:
         """Log-probabilities of every pair's answers under policy and reference, without dropout.
@@ -59,7 +64,7 @@ class ExactScoring(WholeCheckpoints):
         values = np.asarray([v for _, v in sorted(found)], dtype=np.float64).reshape(-1, 4)
         return PairScores.of(rows, values)
 
-    def _reference_logps(self, rows: list[dict[str, Any]], batch: dict[str, torch.Tensor]) -> list[tuple[float, ...]]:
+    def _reference_logps(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> list[tuple[float, ...]]:
         """From the rows' own columns, from an earlier evaluation, or by a pass of the reference."""
         if REFERENCE[0] in rows[0]:
             return [tuple(row[column] for column in REFERENCE) for row in rows]
@@ -90,11 +95,13 @@ class ExactScoring(WholeCheckpoints):
             return None
         return model.active_adapter, "ref" if "ref" in model.peft_config else "__base__"
 
-    def _logps(self, batch: dict[str, torch.Tensor], model: Any = None) -> list[tuple[float, float]]:
+    def _logps(self, batch: dict[str, Any], model: Any = None) -> list[tuple[float, float]]:
         """Plain sums over answer tokens: TRL's own reference pass would weigh them by ld_alpha."""
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         asked = self.model if model is None else model
-        only = {"only_log_probs": True} if self.engine.packed is not None and asked is self.model else {}
+        packed: dict[str, Any] = {}
+        if self.engine.packed is not None and asked is self.model:
+            packed = {"only_log_probs": True, "pair_plan": batch.get("pair_plan")}
         with torch.no_grad(), self.accelerator.autocast():
             output = asked(
                 input_ids=batch["input_ids"],
@@ -102,7 +109,7 @@ class ExactScoring(WholeCheckpoints):
                 use_cache=False,
                 labels=labels,
                 fused_lm_head=True,
-                **only,
+                **packed,
             )
         chosen, rejected = output.log_probs.double().sum(dim=1).chunk(2)
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))

@@ -61,16 +61,10 @@ class PairPlan:
     keeps_last: bool = False
     opening: int = 0
 
-    def to(self, device: torch.device | str, non_blocking: bool = False, **_: object) -> PairPlan:
+    def to(self, device: torch.device | str, **_: object) -> PairPlan:
         """The same plan with its tensors on `device` (accelerate moves whatever has `.to`)."""
-        return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self._tensors().items()})
-
-    def pin_memory(self) -> PairPlan:
-        """The same plan in page-locked memory (called by torch's DataLoader)."""
-        return replace(self, **{k: v.pin_memory() for k, v in self._tensors().items()})
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{k: sent(v, device) for k, v in tensors.items()})
 
     @property
     def tokens(self) -> int:
@@ -115,29 +109,6 @@ class PairPlan:
     def scatter(self, values: Tensor) -> Tensor:
         """Per-entry values [N] -> [2B, L-1], zero where there is no label. Differentiable."""
         return torch.cat([values, values.new_zeros(1)])[self.slots]
-
-
-def truncate_pair(
-    prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], max_length: int | None, mode: str
-) -> tuple[tuple[Sequence[int], int], tuple[Sequence[int], int]]:
-    """Both full sequences and where their completions start, cut exactly as TRL's DataCollatorForPreference
-    cuts.
-
-    mode is "keep_start" or "keep_end". With "keep_end" the two prompts may lose different numbers of tokens.
-    Returns ((chosen ids, start), (rejected ids, start)).
-    """
-    if mode not in ("keep_start", "keep_end"):
-        raise ValueError(f"truncation mode is {mode!r}, which TRL does not know; use 'keep_start' or 'keep_end'")
-    out = []
-    for completion in (chosen, rejected):
-        ids, start = [*prompt, *completion], len(prompt)
-        if max_length is not None and len(ids) > max_length:
-            if mode == "keep_start":
-                ids, start = ids[:max_length], min(start, max_length)
-            else:
-                ids, start = ids[-max_length:], max(0, start - (len(ids) - max_length))
-        out.append((ids, start))
-    return out[0], out[1]
 
 
 def positions_needed(prompt: int, chosen: int, rejected: int) -> int:
@@ -250,9 +221,16 @@ def _opening(sides: list) -> int:
     return common if common >= LEAST_OPENING else 0
 
 
+def sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on the device. To a GPU it goes without waiting for what is still to be done there, so that the next row is
+    launched while the backward pass of the one before it runs."""
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 class PairCollator:
-    """TRL's preference collator, with the batch's plan beside it: planning runs where collation runs (a
-    worker).
+    """TRL's preference collator, with the batch's plan beside it, made while the batch is still on the host.
 
     Adds "pair_plan" to the collated dict; `PackedForward` uses it, any other model must not see it.
     """

@@ -36,8 +36,7 @@ ENGINE_VERSION = 1
 """Raise when the meaning of a stored number changes; older entries are then not found and age out."""
 
 Tokens = tuple[tuple[Sequence[int], int], tuple[Sequence[int], int]]
-"""A truncated pair: ((chosen ids, completion start), (rejected ids, completion start)), see
-packing.truncate_pair."""
+"""A pair as it is trained: ((chosen ids, completion start), (rejected ids, completion start))."""
 
 
 @dataclass(frozen=True)

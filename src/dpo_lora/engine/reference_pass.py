@@ -84,10 +84,12 @@ def reference_pass(packed: PackedForward, budget: TokenBudget) -> Callable[[Sequ
         sizes = [positions_needed(min(a[1], b[1]), len(a[0]) - a[1], len(b[0]) - b[1]) for a, b in rows]
 
         def step(batches) -> list[LogProbs]:
-            values: dict[int, LogProbs] = {}
             with reference_active(packed.model):
-                for batch in batches:
-                    values |= zip(batch.pairs, _score(packed, [rows[i] for i in batch.pairs]), strict=True)
+                # Read when all are launched: a GPU need not wait for the host between two of them.
+                scored = [(batch.pairs, *_score(packed, [rows[i] for i in batch.pairs])) for batch in batches]
+            values: dict[int, LogProbs] = {}
+            for pairs, scores, places in scored:
+                values |= zip(pairs, _sides(scores.float().cpu(), places), strict=True)
             return [values[i] for i in range(len(rows))]
 
         opening = common_opening([list(ids[:start]) for (ids, start), _ in rows])
@@ -96,12 +98,17 @@ def reference_pass(packed: PackedForward, budget: TokenBudget) -> Callable[[Sequ
     return compute
 
 
-def _score(packed: PackedForward, rows: Sequence[Tokens]) -> list[LogProbs]:
-    plan = plan_pairs(rows).to(next(packed.base.parameters()).device)
+def _score(packed: PackedForward, rows: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [2B, L-1] on the model's device, and on the host which of them are there."""
+    planned = plan_pairs(rows)
+    plan = planned.to(next(packed.base.parameters()).device)
     hidden, _ = packed.entry_states(plan)
     head = packed.base.get_output_embeddings()
     scores = token_scores(hidden, head, plan.head_labels, packed.rule)["log_probs"]
-    spread = plan.scatter(scores).float().cpu()
-    scored = (plan.slots < len(plan.head_labels)).cpu()
-    sides = [spread[i][scored[i]].numpy() for i in range(2 * len(rows))]
-    return [(sides[i], sides[len(rows) + i]) for i in range(len(rows))]
+    return plan.scatter(scores), planned.slots < len(planned.head_labels)
+
+
+def _sides(scores: torch.Tensor, places: torch.Tensor) -> list[LogProbs]:
+    sides = [row[there].numpy() for row, there in zip(scores, places, strict=True)]
+    half = len(sides) // 2
+    return list(zip(sides[:half], sides[half:], strict=True))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_lora.engine.packing import PairPlan
+from dpo_lora.engine.packing import PairPlan, sent
 
 
 class Segments(NamedTuple):
@@ -62,10 +62,10 @@ def segments_of(plan: PairPlan) -> Segments:
     device = plan.input_ids.device
 
     def cumulative(lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        return sent(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
 
     opened = np.stack(opening) if opening else np.empty((0, plan.opening), np.int64)
-    places_of = (torch.from_numpy(each).to(device) for each in (np.concatenate(rows), own, again, opened))
+    places_of = (sent(torch.from_numpy(each), device) for each in (np.concatenate(rows), own, again, opened))
     made = Segments(cumulative(queries), cumulative(keys), max(queries), max(keys), *places_of)
     plan.notes["segments"] = made
     return made
