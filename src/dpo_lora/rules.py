@@ -133,6 +133,12 @@ def _train(run: RunSettings) -> None:
         tokens,
         "a number of tokens from 1, or auto.",
     )
+    _need(
+        train.gradient_checkpointing == "auto" or isinstance(train.gradient_checkpointing, bool),
+        "train.gradient_checkpointing",
+        train.gradient_checkpointing,
+        "true, false, or auto: from when on a step does not fit in memory.",
+    )
     _need(train.attention in KERNELS, "train.attention", train.attention, f"choose from {', '.join(KERNELS)}.")
     if train.threads is not None:
         _need(train.threads > 0, "train.threads", train.threads, "at least 1, or null for one a core.")

@@ -188,13 +188,18 @@ class TrainSettings:
     weight_decay: float = MISSING
     max_grad_norm: float = MISSING
     optimizer: str = MISSING  # transformers' optimizer name
-    gradient_checkpointing: bool = MISSING
+    gradient_checkpointing: Any = MISSING  # compute layers again in the backward pass: true, false; auto: when needed
     log_every: int = MISSING  # optimizer steps
     save_every: int = MISSING  # optimizer steps; 0: only when the run ends or is interrupted
     keep_checkpoints: int = MISSING
     keep_best: str | None = MISSING  # held-out metric such as eval/accuracy: its best adapter is kept; None: the last
     patience: int | None = MISSING  # evaluations without a better keep_best before training stops; None: never
     deterministic: bool = MISSING  # refuse kernels whose result depends on the order of execution
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are computed again in the backward pass from the first step on."""
+        return self.gradient_checkpointing is True
 
 
 @dataclass

@@ -175,6 +175,7 @@ class Training:
                     "tokens_per_second": round(trainer.progress.tokens / max(seconds, 1e-9), 1),
                     "trainable_weights": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                     "peak_memory_bytes": self.machine.peak_memory(),
+                    "relief": trainer.relief.taken,
                 },
                 "timings": self.timings,
             }

@@ -122,6 +122,37 @@ def test_budget_halves_without_losing_the_step():
     assert budget.tokens == 100, "grew back to what failed"
 
 
+def test_a_step_is_relieved_when_that_is_wanted_before_a_finer_cut_or_when_there_is_none():
+    def run(budget, fits, wanted, whole=False):
+        relieved, tried, asked = [], [], []
+
+        def step(batches):
+            tried.append((len(batches), len(relieved)))
+            if not fits(len(batches), len(relieved)):
+                raise torch.OutOfMemoryError("no")
+
+        def relieve(tokens, finest):
+            asked.append((tokens, finest))
+            if len(relieved) < 2 and (finest or wanted(tokens)):
+                relieved.append(tokens)
+                return True
+            return False
+
+        budget.run([50] * 8, step, lambda: None, whole=whole, relieve=relieve, advice="Buy more.")
+        return tried, asked
+
+    tried, asked = run(TokenBudget(400, 400, floor=1), lambda cuts, relieved: relieved == 2, lambda tokens: False)
+    assert tried == [(1, 0), (2, 0), (4, 0), (8, 0), (8, 1), (8, 2)]
+    assert asked == [(400, False), (200, False), (100, False), (50, True), (50, True)]
+    budget = TokenBudget(400, 800, floor=1)
+    tried, _ = run(budget, lambda cuts, relieved: cuts == 2, lambda tokens: tokens <= 400)
+    assert (tried, budget.tokens) == ([(1, 0), (1, 1), (1, 2), (2, 2)], 200)
+    tried, _ = run(TokenBudget(100, 100), lambda cuts, relieved: relieved == 1, lambda tokens: False, whole=True)
+    assert tried == [(1, 0), (1, 1)]
+    with pytest.raises(ValueError, match=r"8 pairs of a step.*Buy more"):
+        run(TokenBudget(100, 100), lambda cuts, relieved: False, lambda tokens: False, whole=True)
+
+
 def test_a_common_opening_counts_once_a_row():
     prompts = [[*range(10, 30), n, n + 1] for n in range(6)]
     assert common_opening(prompts) == 20

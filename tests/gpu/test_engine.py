@@ -10,6 +10,7 @@ import torch
 from tests.engine import worlds
 from tests.engine.test_attention import ALL, dense, plan_of
 
+from dpo_lora.dpo.trainer import PairTrainer
 from dpo_lora.engine import compiled, gpu_passes
 from dpo_lora.engine.attention import KERNELS, default_kernel
 from dpo_lora.engine.batching import TokenBudget
@@ -126,6 +127,31 @@ def test_a_step_that_does_not_fit_is_cut_until_it_does():
 
     assert budget.run([8] * 8, run, lambda: None) > 1
     assert budget.tokens < 64
+
+
+def test_what_layers_keep_waits_on_the_host_where_computing_again_is_not_enough(cli, tiny_overrides, monkeypatch):
+    """A single pair's first two tries are refused: both measures are taken, and the losses stay."""
+    losses, refusals = [], []
+    compute_loss = PairTrainer.compute_loss
+
+    def refused_twice(self, *args, **kwargs):
+        if self.model.training and len(refusals) < 2:
+            refusals.append(1)
+            raise torch.OutOfMemoryError("as the test wants it")
+        return compute_loss(self, *args, **kwargs)
+
+    for cramped in (False, True):
+        if cramped:
+            monkeypatch.setattr(PairTrainer, "compute_loss", refused_twice)
+        words = ["train=gpu", "train.pairs_per_step=1", "train.micro_batch=null", "train.log_every=1"]
+        run = cli("train", *tiny_overrides, *words).run
+        manifest = json.loads((run / "run.json").read_text())
+        assert manifest["engine"]["layers"] == "written out"
+        both = ["gradient_checkpointing", "activation_offloading"]
+        assert manifest["training"]["relief"] == (both if cramped else [])
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("words", [[], ["train.gradient_checkpointing=true"]], ids=str)

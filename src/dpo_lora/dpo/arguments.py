@@ -70,7 +70,7 @@ def arguments(run: RunSettings, machine: Machine, folder: Path, training_pairs: 
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim=train.optimizer,
-        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing=train.recomputes,
         # The machine
         use_cpu=machine.device.type == "cpu",
         bf16=machine.dtype is torch.bfloat16,

@@ -78,7 +78,7 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     statistics: tuple[str, ...] = ("entropy", "mean_logits", "is_top1")
     if trainer.run.dpo.use_weighting:
         statistics += ("log_sum_sq_probs",)
-    packed = PackedForward(trainer.model, statistics, **kernel, recompute=train.gradient_checkpointing)
+    packed = PackedForward(trainer.model, statistics, **kernel, recompute=train.recomputes)
     packed.install()
     with trainer.accelerator.autocast():
         layers = "written out" if packed.writes_out() else "the model's"

@@ -30,9 +30,11 @@ from dpo_lora.dpo.engines import (
     warn_inseparable,
 )
 from dpo_lora.dpo.progress import Progress
+from dpo_lora.dpo.relief import Relief
 from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, SeededOrder, rows_read
 from dpo_lora.dpo.scoring import ExactScoring
-from dpo_lora.engine.batching import MicroBatch, common_opening, cut, pair_tokens, separable
+from dpo_lora.engine.batching import MicroBatch, common_opening, pair_tokens, separable
+from dpo_lora.engine.packing import PairCollator
 from dpo_lora.evaluation.record import Record
 from dpo_lora.evaluation.sampler import Sampler
 from dpo_lora.evaluation.scores import TIE_PER_TOKEN
@@ -49,6 +51,7 @@ class PairTrainer(ExactScoring):
     # Set by the base class, which types them as optional; here they always are.
     model: Any
     train_dataset: Any
+    maybe_activation_offload_context: Any
 
     def __init__(
         self,
@@ -85,6 +88,9 @@ class PairTrainer(ExactScoring):
         )
         self.budget = token_budget(run, self.args.device.type == "cpu")
         self.engine = choose_engine(self)
+        if self.engine.packed is not None and self.ref_model is None:  # another model knows no plan
+            self.collate = PairCollator(self.collate, keep_last=self.aux_loss_enabled)
+        self.relief = Relief(self)
         self.reference_use: ReferenceUse | None = None
         warn_inseparable(run)
         self.remove_callback(PrinterCallback)  # prints every log row; ProgressLine speaks for us
@@ -132,8 +138,8 @@ class PairTrainer(ExactScoring):
         """Forward and backward of one optimizer step's pairs, as many in memory at a time as fit.
 
         Each micro-batch's mean loss weighs by its share of the pairs, so that the gradient is the
-        mean over the step's pairs however they are cut. Out of memory, the step is cut finer and
-        done again; the optimizer has not moved by then.
+        mean over the step's pairs however they are cut. Out of memory, the step is cut finer, or its
+        layers are computed twice, and it is done again; the optimizer has not moved by then.
         """
         if not model.training:  # it visits every module, and most steps follow a step
             model.train()
@@ -162,11 +168,10 @@ class PairTrainer(ExactScoring):
                 del values[noted.get(name, 0) :]
 
         sizes = [pair_tokens(row) for row in rows]
-        if separable(self.loss_types, self.aux_loss_enabled):
-            opening = 0 if self.engine.packed is None else common_opening([row["prompt_ids"] for row in rows])
-            total = self.budget.run(sizes, forward_backward, forget, opening)
-        else:  # a loss that looks across pairs sees them all at once, unless micro_batch says otherwise
-            total = forward_backward(cut(sizes, None))
+        opening = 0 if self.engine.packed is None else common_opening([row["prompt_ids"] for row in rows])
+        # A loss that looks across pairs sees them all at once, unless micro_batch says otherwise.
+        whole = not separable(self.loss_types, self.aux_loss_enabled)
+        total = self.budget.run(sizes, forward_backward, forget, opening, whole, self.relief, self.relief.advice)
         self._start_is_open = False
         self.progress.pairs += len(rows)
         self.progress.tokens += sum(len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)

@@ -108,14 +108,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     Python's)."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # the CPU's allocator; page-locked memory of the host
+    told = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in told)
 
 
 class TokenBudget:
     """A budget that finds itself: starts at `start`, doubles after `patience` clean steps, halves on
     out-of-memory.
 
-    After the first failure it never grows again to the size that failed. `ceiling` bounds the growth: on a
+    Once it was halved it never grows again to the size that failed. `ceiling` bounds the growth: on a
     CPU there is no reason to grow past the point where products are efficient and buffers still fit the
     cache.
     """
@@ -130,26 +132,31 @@ class TokenBudget:
         step: Callable[[list[MicroBatch]], Result],
         reset: Callable[[], None],
         opening: int = 0,
+        whole: bool = False,
+        relieve: Callable[[int, bool], bool] = lambda tokens, finest: False,
+        advice: str = "Lower data.max_length or use a smaller model.",
     ) -> Result:
         """Call step(micro-batches) for one optimizer step; on out-of-memory reset() (drop gradients) and cut
         finer.
 
-        opening: as `cut` takes it.
+        opening, whole: as `cut` takes them.
+        relieve: called with the tokens that did not fit and whether no finer cut is possible. It makes steps take
+        less memory another way, or returns False and the step is cut finer.
+        advice: what people can do where nothing helps.
         step must not have moved the optimizer when it raises. Any other error passes; so does out-of-memory
-        when every micro-batch is a single pair already, with what to do in the message.
+        when nothing more can be done, as a `UserError`.
         """
         while True:
-            batches = cut(sizes, self.tokens, opening=opening)
+            batches = cut(sizes, self.tokens, whole, opening)
             try:
                 result = step(batches)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(batches) == len(sizes) or self.tokens // 2 < self.floor:
-                    raise UserError(
-                        f"A single pair of up to {max(sizes)} tokens does not fit in memory. "
-                        "Lower data.max_length, use a smaller model, or set train.gradient_checkpointing=true."
-                    ) from error
+                finest = whole or len(batches) == len(sizes) or self.tokens // 2 < self.floor
+                relieved = relieve(self.tokens, finest)
+                if finest and not relieved:
+                    raise UserError(f"{_does_not_fit(sizes, whole)} {advice}") from error
             else:
                 self._grow()
                 return result
@@ -157,12 +164,22 @@ class TokenBudget:
             reset()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.tokens //= 2
-            self.ceiling = self.tokens
             self.clean = 0
+            if not relieved:
+                self.tokens //= 2
+                self.ceiling = self.tokens
 
     def _grow(self) -> None:
         self.clean += 1
         if self.clean >= self.patience and self.tokens * 2 <= self.ceiling:
             self.tokens *= 2
             self.clean = 0
+
+
+def _does_not_fit(sizes: Sequence[int], whole: bool) -> str:
+    if whole:
+        return (
+            f"The {len(sizes)} pairs of a step do not fit in memory, and this loss looks across them. Lower "
+            "train.pairs_per_step, or train.micro_batch, which changes what the loss computes."
+        )
+    return f"A single pair of up to {max(sizes)} tokens does not fit in memory."
