@@ -97,8 +97,7 @@ def _explain(error: Exception, run: RunDir) -> UserError | None:
         return UserError(text)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return UserError(
-            f"Out of memory: {text.splitlines()[0]} Lower train.micro_batch, eval.batch or data.max_length, or use a "
-            "smaller model."
+            f"Out of memory: {text.splitlines()[0]} Lower train.micro_batch or data.max_length, or use a smaller model."
         )
     return None
 

@@ -206,7 +206,7 @@ class TrainSettings:
 class EvalSettings:
     before: bool = MISSING  # score the held-out pairs before the first update
     every: int = MISSING  # optimizer steps; 0: only before and after
-    batch: int = MISSING  # pairs in memory at a time; the scores do not depend on it
+    batch: int = MISSING  # pairs in memory at a time, halved where they do not fit; the scores do not depend on it
     confidence: float = MISSING  # of every interval, in (0, 1)
     prompts: list[str] = MISSING  # user turns to answer before and after; empty: held-out prompts
     samples: int = MISSING  # held-out prompts to answer; 0: none

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from dpo_lora.dpo.relief import Relief
 from dpo_lora.dpo.trainer import PairTrainer
 from dpo_lora.engine import layer
+from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import RunDir
 from harness import CommandLine
 
-FAST = ["train.learning_rate=1e-2"]
+FAST = ["train.learning_rate=1e-2", "train.max_steps=2", "eval.samples=0", "eval.report=false"]
 
 
 def bits(run: Path) -> dict[str, torch.Tensor]:
@@ -72,7 +73,7 @@ def test_a_step_that_must_stay_whole_is_relieved(
     cli: CommandLine, tiny_overrides: list[str], narrow: list[tuple[int, bool]]
 ) -> None:
     words = [w for w in tiny_overrides if not w.startswith("train.micro_batch")]
-    assert cli("train", *words, "dpo=aot", "train.pairs_per_step=4").run
+    assert cli("train", *words, *FAST, "dpo=aot", "train.pairs_per_step=4").run
     assert narrow[:2] == [(4, False), (4, True)]
 
 
@@ -133,3 +134,36 @@ def test_the_host_keeps_what_layers_read_again(
     offloaded = cli("train", *words).run
     assert kept
     assert all(torch.equal(weight, bits(offloaded)[name]) for name, weight in bits(plain).items())
+
+
+def test_an_evaluation_that_does_not_fit_scores_fewer_at_a_time(
+    cli: CommandLine, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*tiny_overrides, *FAST, "eval.batch=8"]
+    plain = cli("train", *words).run
+    tried: list[int] = []
+    logps = PairTrainer._logps
+
+    def cramped(self, batch, *args):
+        tried.append(len(batch["input_ids"]) // 2)
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("there is no more")
+        return logps(self, batch, *args)
+
+    monkeypatch.setattr(PairTrainer, "_logps", cramped)
+    cut = cli("train", *words).run
+    assert tried[:3] == [7, 4, 2], "the seven held out, then halves of eval.batch"
+    assert "2 pairs at a time" in (cut / "train.log").read_text()
+    before, after = (read_jsonl(run / "eval_pairs.jsonl") for run in (plain, cut))
+    for one, other in zip(before, after, strict=True):
+        assert other["margin"] == pytest.approx(one["margin"], abs=1e-5)
+
+    monkeypatch.setattr(PairTrainer, "_logps", lambda *_: exhausted())
+    done = cli("train", *words)
+    assert done.code == 2
+    assert "Out of memory" in done.err
+    assert "Traceback" not in done.err
+
+
+def exhausted() -> None:
+    raise torch.OutOfMemoryError("there is no more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +16,14 @@ from trl.trainer.utils import use_adapter
 from dpo_lora.dpo.engines import EngineChoice
 from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, lengths
 from dpo_lora.dpo.saving import WholeCheckpoints
+from dpo_lora.engine.batching import is_out_of_memory
 from dpo_lora.engine.packing import sent
 from dpo_lora.errors import UserError
 from dpo_lora.evaluation.record import Record
 from dpo_lora.evaluation.scores import PairScores, pair_hash
 from dpo_lora.schema import RunSettings
+
+log = logging.getLogger(__name__)
 
 
 class ExactScoring(WholeCheckpoints):
@@ -53,16 +57,30 @@ class ExactScoring(WholeCheckpoints):
         # Longest first: the first batch already needs the most memory.
         tokens = lengths(rows).sum(axis=1)
         order = sorted(range(len(rows)), key=lambda i: -tokens[i])
-        for start in range(0, len(order), self.run.eval.batch):
-            indices = order[start : start + self.run.eval.batch]
-            batch_rows = [rows[i] for i in indices]
-            batch = self.batch(batch_rows)
-            reference = self._reference_logps(batch_rows, batch)
-            policy = reference if untrained else self._logps(batch)
-            found += [(i, (*p, *r)) for i, p, r in zip(indices, policy, reference, strict=True)]
+        size = self.run.eval.batch
+        while order:
+            try:
+                found += self._scored(rows, order[:size], untrained)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+                size //= 2
+                log.warning("eval.batch does not fit in memory: %d pairs at a time are scored.", size)
+            else:
+                order = order[size:]
         self.model.train(was_training)
         values = np.asarray([v for _, v in sorted(found)], dtype=np.float64).reshape(-1, 4)
         return PairScores.of(rows, values)
+
+    def _scored(
+        self, rows: Dataset | ReferenceRows, indices: list[int], untrained: bool
+    ) -> list[tuple[int, tuple[float, ...]]]:
+        """Number and log-probabilities (chosen, rejected; of the policy, then of the reference) of these rows."""
+        batch_rows = [rows[i] for i in indices]
+        batch = self.batch(batch_rows)
+        reference = self._reference_logps(batch_rows, batch)
+        policy = reference if untrained else self._logps(batch)
+        return [(i, (*p, *r)) for i, p, r in zip(indices, policy, reference, strict=True)]
 
     def _reference_logps(self, rows: list[dict[str, Any]], batch: dict[str, Any]) -> list[tuple[float, ...]]:
         """From the rows' own columns, from an earlier evaluation, or by a pass of the reference."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dpo_lora.engine.batching import is_out_of_memory
 from dpo_lora.engine.forward import PackedForward
 from dpo_lora.engine.packing import IGNORED
 from dpo_lora.engine.proofs import Proofs
@@ -120,6 +121,8 @@ def probe(model: nn.Module, batch: dict[str, Tensor], tolerance: float | None = 
             packed = PackedForward(model, statistics=(), **engine)
             ours = packed(**inputs).log_probs.double()
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        if is_out_of_memory(error):  # says nothing about the engine, and stock would take more
+            raise
         line = " ".join(str(error).split())[:160]
         return Verdict(False, f"the packed trial pass failed: {type(error).__name__}: {line}")
     finally:
