@@ -82,10 +82,9 @@ class Bench:
 
     def planned_batch(self, rows: list[dict]) -> dict:
         """What the product's trainer makes of the rows: the plan beside them, nothing waits for the device."""
-        from dpo_lora.engine.packing import PairCollator, PairPlan, sent
+        from dpo_lora.engine.packing import PairCollator, sent
 
-        batch = PairCollator(self.trainer.data_collator)(rows)
-        return {k: v.to(self.device) if isinstance(v, PairPlan) else sent(v, self.device) for k, v in batch.items()}
+        return {k: sent(v, self.device) for k, v in PairCollator(self.trainer.data_collator)(rows).items()}
 
     def epoch(self, steps: list[list[list[int]]], cached: bool, planned: bool = False) -> tuple[float, list[float]]:
         """Seconds for the steps, and their losses. A step is a list of micro-batches of row numbers."""

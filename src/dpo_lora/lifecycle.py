@@ -24,6 +24,7 @@ from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RUNNING, RunDir, ende
 from dpo_lora.settings import from_plain
 
 log = logging.getLogger(__name__)
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory")  # as engine/batching.py knows them; no torch here
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -95,7 +96,7 @@ def _explain(error: Exception, run: RunDir) -> UserError | None:
         )
     if isinstance(error, NotFiniteError):
         return UserError(text)
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if type(error).__name__ == "OutOfMemoryError" or any(told in text for told in _NO_MEMORY):
         return UserError(
             f"Out of memory: {text.splitlines()[0]} Lower train.micro_batch or data.max_length, or use a smaller model."
         )

@@ -40,10 +40,7 @@ class ExactScoring(WholeCheckpoints):
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The collated rows on the device; with their plan where they are packed."""
-        collated = self.collate(rows)
-        plan = collated.pop("pair_plan", None)
-        batch = {k: sent(v, self.args.device) for k, v in collated.items()}
-        return batch if plan is None else {**batch, "pair_plan": plan.to(self.args.device)}
+        return {k: sent(v, self.args.device) for k, v in self.collate(rows).items()}
 
     def score(self, rows: Dataset | ReferenceRows, *, untrained: bool = False) -> PairScores:
         """Log-probabilities of every pair's answers under policy and reference, without dropout.

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -221,10 +221,13 @@ def _opening(sides: list) -> int:
     return common if common >= LEAST_OPENING else 0
 
 
-def sent(x: Tensor, device: torch.device | str) -> Tensor:
+Sent = TypeVar("Sent", Tensor, PairPlan)
+
+
+def sent(x: Sent, device: torch.device | str) -> Sent:
     """x on the device. To a GPU it goes without waiting for what is still to be done there, so that the next row is
     launched while the backward pass of the one before it runs."""
-    if torch.device(device).type == "cuda" and not x.is_cuda:
+    if isinstance(x, Tensor) and torch.device(device).type == "cuda" and not x.is_cuda:
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
