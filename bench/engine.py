@@ -18,6 +18,7 @@ Real tokens: prompt once + both answers; padding and repeated prompts do not cou
 from __future__ import annotations
 
 import argparse
+import math
 import resource
 import statistics
 import sys
@@ -143,7 +144,7 @@ def print_table(results: list[dict]) -> None:
     for r in results:
         print(f"{r['workload']}: {r['pairs']} pairs, {r['real_tokens']} tokens, {r['rounds']} rounds")
         for k, v in r["ratios"].items():
-            print(f"    {k:24} {v:5.2f} times as fast")
+            print(f"    {k:24} {'did not fit' if math.isnan(v) else f'{v:5.2f} times as fast'}")
         for k, v in r["pairs_per_second"].items():
             tokens, share = r["tokens_per_second"][k], r["matmul_share"][k]
             print(

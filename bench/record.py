@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from dpo_lora.files import finite
+
 
 def write(path: Path, device: str, content: dict) -> None:
     """`content` as JSON with date (UTC), machine and versions; says where."""
@@ -20,7 +22,8 @@ def write(path: Path, device: str, content: dict) -> None:
     versions = {m: importlib.metadata.version(m) for m in ("torch", "transformers", "trl", "peft")}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"date": date, "machine": machine, "versions": versions, **content}, indent=1) + "\n")
+    known = finite({"date": date, "machine": machine, "versions": versions, **content})  # NaN is no JSON
+    path.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
     print(f"written: {path}")
 
 

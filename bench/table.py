@@ -24,7 +24,8 @@ def speed(files: list[Path]) -> None:
     results.sort(key=lambda r: order.index(r["workload"]))
     head("workload", *results[0]["ratios"], "rounds")
     for r in results:
-        row(r["workload"], *(f"{v:.2f}" for v in r["ratios"].values()), str(r["rounds"]))
+        ratios = ("did not fit" if v is None else f"{v:.2f}" for v in r["ratios"].values())
+        row(r["workload"], *ratios, str(r["rounds"]))
     print()
     ways = list(results[0]["pairs_per_second"])
     head("workload", *(f"{way}: pairs/s, tokens/s, share" for way in ways), "GFLOP/s measured", "loss differs")
