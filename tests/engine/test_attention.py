@@ -5,17 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from dpo_lora.engine import flash_attention
 from dpo_lora.engine.attention import KERNELS
 from dpo_lora.engine.packing import PairPlan, plan_pairs
-from dpo_lora.engine.varlen_attention import (
-    call_for,
-    emulated_flash,
-    run_segments,
-    segments_of,
-    visible_pairs,
-)
+from dpo_lora.engine.varlen_attention import Segments, call_for, run_segments, segments_of, visible_pairs
 
 
 def plan_of(*segments: tuple[int, int, int], opening: int = 0) -> PairPlan:
@@ -47,6 +43,22 @@ def dense(q, k, v, plan, scale, softcap):
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+def emulated_flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | None) -> Tensor:
+    """What the flash kernel computes, in plain torch on any device."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    outputs = []
+    for i in range(len(s.cu_q) - 1):
+        qi = q[s.cu_q[i] : s.cu_q[i + 1]]
+        ki, vi = (x[s.cu_k[i] : s.cu_k[i + 1]].repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", qi, ki) * scale
+        queries, keys = scores.shape[1:]
+        visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vi))
+    return torch.cat(outputs)
 
 
 def inputs(plan, heads=4, key_heads=2):
@@ -87,6 +99,20 @@ def test_the_layers_own_attention(dtype, tolerance, segments, opening):
         assert torch.allclose(ours, right.grad[0].transpose(0, 1), atol=tolerance)
 
 
+@pytest.mark.parametrize(("size", "is_finite"), [(1e3, True), (1e5, False)], ids=str)
+def test_scores_of_a_diverged_training_overflow_where_torchs_own_attention_does(size, is_finite):
+    plan = plan_of((20, 30, 0))
+    tensors = [x.detach().float() * by for x, by in zip(inputs(plan), (size, size, 1.0), strict=True)]
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out = functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3, enable_gqa=True)
+    out.backward(torch.ones_like(out))
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in tensors)
+    out, levels = flash_attention.attend(q, k, v, plan, 0.3)
+    grads = flash_attention.attend_backward(torch.ones_like(out), q, k, v, out, levels, plan, 0.3)
+    for ours, stock in zip(grads, leaves, strict=True):
+        assert bool(ours.isfinite().all()) is bool(stock.grad.isfinite().all()) is is_finite
+
+
 @pytest.mark.parametrize("segments, opening", ALL, ids=str)
 def test_flex_block_mask(segments, opening):
     plan = plan_of(*segments, opening=opening)
@@ -98,7 +124,7 @@ def test_flex_block_mask(segments, opening):
 
 @pytest.mark.parametrize("segments, opening", ALL, ids=str)
 def test_varlen_key_gathering(segments, opening):
-    """The flash kernel itself needs CUDA; its arguments are proven by a plain emulation of what it
+    """The flash kernel itself needs CUDA; its arguments are checked by a plain emulation of what it
     computes."""
     plan = plan_of(*segments, opening=opening)
     results = []

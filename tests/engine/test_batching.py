@@ -11,6 +11,7 @@ from tests.engine import worlds
 
 from dpo_lora.engine.batching import TokenBudget, common_opening, cut, pair_tokens, separable, why_inseparable
 from dpo_lora.engine.forward import PackedForward
+from dpo_lora.rules import LOSSES
 
 
 def test_cut_keeps_every_pair_once_within_the_budget():
@@ -20,7 +21,6 @@ def test_cut_keeps_every_pair_once_within_the_budget():
         budget = rng.randrange(1, 1500)
         batches = cut(sizes, budget)
         assert sorted(i for b in batches for i in b.pairs) == list(range(len(sizes)))
-        assert sum(b.share for b in batches) == pytest.approx(1)
         assert all(b.tokens == sum(sizes[i] for i in b.pairs) for b in batches)
         assert all(b.tokens <= budget or len(b.pairs) == 1 for b in batches)
         assert cut(sizes, budget) == batches
@@ -33,13 +33,14 @@ def test_cut_is_even():
     assert len(cut([10] * 8, 5, whole=True)) == 1
 
 
-def test_which_losses_look_across_pairs():
+def test_one_loss_of_several_keeps_the_pairs_together_and_so_does_a_router():
     assert separable(["sigmoid", "ipo"])
-    assert why_inseparable(["sigmoid"]) is None
+    assert why_inseparable(["sigmoid", "ipo"]) is None
     for loss in ("aot", "aot_unpaired", "sft"):
         assert not separable(["sigmoid", loss])
-        assert loss in why_inseparable([loss])
+        assert loss in why_inseparable(["sigmoid", loss])
     assert not separable(["sigmoid"], router_aux_loss=True)
+    assert "router" in why_inseparable(["sigmoid"], router_aux_loss=True)
 
 
 @pytest.mark.parametrize("budget", [None, 90, 60, 20])
@@ -54,30 +55,11 @@ def test_gradient_does_not_depend_on_the_cut(budget, tmp_path):
     total = 0.0
     for micro in cut([pair_tokens(row) for row in rows], budget):
         batch = trainer.data_collator([rows[i] for i in micro.pairs])
-        loss = trainer._compute_loss(trainer.model, batch, False) * micro.share
+        loss = trainer._compute_loss(trainer.model, batch, False) * len(micro.pairs) / len(rows)
         loss.backward()
         total += loss.detach()
     assert worlds.close(total, stock.detach()) < 1e-5
     assert worlds.close(worlds.gradients(trainer.model), expected) < 1e-5
-
-
-LOSSES = [
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sigmoid_norm",
-    "bco_pair",
-    "aot",
-    "aot_unpaired",
-    "sft",
-]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -120,6 +102,33 @@ def test_budget_halves_without_losing_the_step():
     for _ in range(5):
         budget.run([50] * 8, step, lambda: None)
     assert budget.tokens == 100, "grew back to what failed"
+
+
+def test_a_small_step_that_does_not_fit_is_not_tried_again_as_it_was():
+    """What is halved is what was in memory, not a budget that the step did not fill."""
+    tried, asked = [], []
+
+    def run(sizes, most, opening):
+        def step(batches):
+            tried.append([batch.tokens for batch in batches])
+            if max(tried[-1]) > most:
+                raise torch.OutOfMemoryError("no")
+
+        def relieve(tokens, finest):
+            asked.append((tokens, finest))
+            return False
+
+        budget = TokenBudget(start=16384, ceiling=16384)
+        budget.run(sizes, step, lambda: None, opening=opening, relieve=relieve)
+        assert budget.tokens == budget.ceiling
+        return budget.tokens
+
+    assert run([150] * 10, most=400, opening=0) == 375
+    assert tried == [[1500], [750, 750], [300] * 5]
+    assert asked == [(1500, False), (750, False)]
+    tried.clear()
+    assert run([190] * 10, most=700, opening=40) == (40 + 1520) // 2
+    assert tried == [[1520], [608, 456, 456]], "150 tokens of each pair's own and 40 // 16 for the opening's keys"
 
 
 def test_a_step_is_relieved_when_that_is_wanted_before_a_finer_cut_or_when_there_is_none():

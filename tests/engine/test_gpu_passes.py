@@ -8,12 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.engine import worlds
+from tests.engine.test_attention import emulated_flash
 from tests.engine.test_forward import compare
 
-from dpo_lora.engine import compiled, decoder, gpu_passes, head
+from dpo_lora.engine import compiled, decoder, gpu_passes
 from dpo_lora.engine.forward import PackedForward
-from dpo_lora.engine.head import HeadRule, token_scores
-from dpo_lora.engine.varlen_attention import emulated_flash
 
 
 @pytest.fixture
@@ -99,37 +98,6 @@ def test_float32_adapters_on_bfloat16_weights_are_as_near_to_float32_as_trl_is(a
         noise += torch.tensor([worlds.close(got[1], exact[1]) ** 2 for got in (stock, ours)])
     assert 0 < noise[1] < 1.2 * noise[0]
     assert len(as_on_gpu) == 5 * 4, "a call for each layer of the policy and of the reference"
-
-
-@pytest.mark.parametrize("rule", [HeadRule(), HeadRule(0.5), HeadRule(2.0, 3.0)], ids=str)
-@pytest.mark.parametrize("gradient", [False, True])
-def test_tiles_folded_as_on_a_gpu(gradient, rule, monkeypatch):
-    """`head_tile` against the CPU's own folding, several tiles and ties of the best logit included."""
-    torch.manual_seed(0)
-    lm_head = torch.nn.Linear(16, 3000, bias=True).requires_grad_(False)
-    lm_head.weight[1500:1600] = lm_head.weight[:100]
-    lm_head.bias[1500:1600] = lm_head.bias[:100]
-    hidden = torch.randn(40, 16)
-    hidden[:10] = 9 * lm_head.weight[1500:1510]
-    labels = torch.cat([torch.arange(1500, 1505), torch.arange(5, 10), torch.randint(0, 3000, (30,))])
-
-    def scores():
-        states = hidden.clone().requires_grad_(gradient)
-        found = token_scores(states, lm_head, labels, rule, head.STATISTICS)
-        if gradient:
-            found["log_probs"].backward(torch.linspace(-1, 1, len(labels)))
-        return found, states.grad
-
-    right, right_gradient = scores()
-    fold = head._Fold
-    monkeypatch.setattr(fold, "add", fold._add_compiled)
-    ours, ours_gradient = scores()
-    assert not right["is_top1"][:5].any(), "a token with a smaller id has the same logit"
-    assert right["is_top1"][5:10].all()
-    for name, value in right.items():
-        assert torch.allclose(ours[name].float(), value.float(), atol=2e-5, rtol=1e-5), name
-    if gradient:
-        assert torch.allclose(ours_gradient, right_gradient, atol=1e-5)
 
 
 def test_what_cannot_be_compiled_runs_as_written(monkeypatch, caplog):

@@ -57,7 +57,7 @@ def test_every_label_has_its_entry_and_its_context(begin, max_length, mode):
 def test_a_pair_costs_its_prompt_once():
     plan = plan_pairs([(([1, 2, 3, 4, 5], 3), ([1, 2, 3, 6, 7, 8], 3))])
     assert plan.segments == ((3, 1, 2),)
-    assert plan.tokens == 6 and len(plan.head_rows) == 5 and plan.longest == 5
+    assert plan.tokens == 6 and len(plan.head_rows) == 5
 
 
 def test_what_all_pairs_begin_with_costs_once():
@@ -65,7 +65,7 @@ def test_what_all_pairs_begin_with_costs_once():
     sides = [(([*begin, n, 1, 2], 11), ([*begin, n, 3], 11)) for n in range(4)]
     plan = plan_pairs(sides)
     assert plan.opening == 10 and plan.segments == ((1, 1, 0),) * 4
-    assert plan.tokens == 10 + 4 * 2 and plan.longest == 12
+    assert plan.tokens == 10 + 4 * 2
     weights = plan.token_weights()[0]
     assert weights[:10].tolist() == [8.0] * 10 and weights[10:].tolist() == [2.0, 1.0] * 4
     assert plan_pairs(sides[:1]).opening == 0, "one pair has its prompt once anyway"

@@ -19,7 +19,7 @@ def curve(trainer, rows, steps, budget):
         total = 0.0
         for micro in cut([pair_tokens(row) for row in part], budget or None):
             batch = trainer.data_collator([part[i] for i in micro.pairs])
-            loss = trainer._compute_loss(trainer.model, batch, False) * micro.share
+            loss = trainer._compute_loss(trainer.model, batch, False) * len(micro.pairs) / 4
             loss.backward()
             total += loss.item()
         optimizer.step()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import transformers as tf
 from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
+
+from dpo_lora.engine.cache_files import LogProbs
+from dpo_lora.engine.reference_cache import ReferenceCache, Tokens
 
 VOCABULARY = 97
 
@@ -107,6 +111,12 @@ def model(name: str = "llama", seed: int = 0, **changes) -> tf.PreTrainedModel:
         for p in made.parameters():
             if p.dim() > 1:
                 p.normal_(0, 0.15)
+        # Norms start at a factor of one and biases at none: whoever forgot them would compute the same.
+        for part, p in made.named_parameters():
+            if part.endswith("bias"):
+                p.normal_(0, 0.1)
+            elif p.dim() == 1:
+                p.add_(torch.empty_like(p).uniform_(-0.5, 0.5))
     return made
 
 
@@ -184,3 +194,29 @@ def truncate_pair(
                 ids, start = ids[-max_length:], max(0, start - (len(ids) - max_length))
         out.append((ids, start))
     return out[0], out[1]
+
+
+class Fetched(NamedTuple):
+    """values[i] belongs to rows[i]; how many distinct pairs were found and how many had to be computed."""
+
+    values: list[LogProbs]
+    found: int
+    computed: int
+
+
+def fetch(
+    cache: ReferenceCache,
+    scope: str,
+    rows: list[Tokens],
+    compute: Callable[[list[Tokens]], list[LogProbs]],
+    **options,
+) -> Fetched:
+    """What the cache tells of all rows, each once; options as `ReferenceCache.visit` takes them."""
+    values: dict[int, LogProbs] = {}
+
+    def note(row: int, value: LogProbs) -> None:
+        assert row not in values
+        values[row] = value
+
+    counts = cache.visit(scope, rows, compute, note, **options)
+    return Fetched([values[row] for row in range(len(rows))], *counts)

@@ -9,12 +9,15 @@ import pytest
 import torch
 from tests.engine import worlds
 from tests.engine.test_attention import ALL, dense, plan_of
+from tests.engine.test_head import BEST_IS_FIRST, world
+from tests.engine.test_head import dense as dense_head
 
 from dpo_lora.dpo.trainer import PairTrainer
-from dpo_lora.engine import compiled, gpu_passes
+from dpo_lora.engine import compiled, gpu_passes, head
 from dpo_lora.engine.attention import KERNELS, default_kernel
 from dpo_lora.engine.batching import TokenBudget
 from dpo_lora.engine.forward import PackedForward
+from dpo_lora.engine.head import HeadRule, token_scores
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,6 +110,28 @@ def test_layers_are_written_out_and_compiled(tmp_path, monkeypatch):
     stock_and_packed(tmp_path, torch.bfloat16)
     assert len(calls) == 4, "a call for each layer of the policy and of the reference"
     assert not compiled._refused
+
+
+@pytest.mark.parametrize("rule", [HeadRule(), HeadRule(2.0, 5.0)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_the_heads_tiles_add_up_to_the_whole_vocabulary(bias, rule):
+    """Three tiles of a vocabulary, compiled; compared are the first tokens, among them equal logits of two tiles."""
+    tokens, width, compared = 4096, head._TILE_ELEMENTS["cuda"] // 4096, 64
+    hidden, lm_head, labels = world(tokens, 2 * width + 7232, width, bias)
+    exact = hidden[:compared].double().requires_grad_()
+    right = dense_head(exact, lm_head, labels[:compared], rule)
+    right["log_probs"].sum().backward()
+
+    states = hidden.to(DEVICE, torch.bfloat16).requires_grad_()
+    found = token_scores(states, lm_head.to(DEVICE, torch.bfloat16), labels.to(DEVICE), rule, head.STATISTICS)
+    found["log_probs"].sum().backward()
+    assert not compiled._refused
+    found = {name: value[:compared].cpu() for name, value in found.items()}
+    assert right["is_top1"][: len(BEST_IS_FIRST)].tolist() == BEST_IS_FIRST
+    assert torch.equal(found.pop("is_top1"), right.pop("is_top1"))
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), right[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert worlds.close(states.grad[:compared].cpu(), exact.grad) < 1e-2  # the tiles' weights are bfloat16
 
 
 def test_flash_is_chosen_where_it_serves():

@@ -69,7 +69,7 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
 
 
 def default_kernel(device: torch.device, dtype: torch.dtype, softcap: float | None, head_dim: int) -> str:
-    """The kernel measured or built for this case; see `KERNELS` for the names a caller may force."""
+    """Name of the kernel that serves this device, format and head size; a caller may force any other of `KERNELS`."""
     if device.type == "cuda":
         half = dtype in (torch.bfloat16, torch.float16)
         if half and softcap is None and head_dim <= 256 and varlen_attention.available():

@@ -42,21 +42,20 @@ def why_inseparable(loss_types: Sequence[str], router_aux_loss: bool = False) ->
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Which pairs of the step (indices into the list given), the weight of this micro-batch's mean loss, and its
-    positions besides an opening."""
+    """Which pairs of the step (indices into the list given), and how many positions they take besides an opening."""
 
     pairs: tuple[int, ...]
-    share: float
     tokens: int
 
 
-def pair_tokens(row: dict, max_length: int | None = None) -> int:
+def pair_tokens(row: dict) -> int:
     """Row positions a tokenised pair needs at most (`prompt_ids`, `chosen_ids`, `rejected_ids`)."""
-    prompt, chosen, rejected = (len(row[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    if max_length is None:
-        return positions_needed(prompt, chosen, rejected)
-    sides = (min(prompt + n, max_length) for n in (chosen, rejected))
-    return min(positions_needed(prompt, chosen, rejected), sum(sides))
+    return positions_needed(*(len(row[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")))
+
+
+def padded_tokens(row: dict) -> int:
+    """Positions of a tokenised pair as TRL's own forward pass computes it: two rows as long as the longer one."""
+    return 2 * (len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
 
 
 def common_opening(prompts: Sequence[list[int]]) -> int:
@@ -87,7 +86,7 @@ def cut(sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False,
     sizes = [size - opening + opening // 16 for size in sizes]
     if tokens_per_batch is not None:
         tokens_per_batch = max(1, tokens_per_batch - opening)
-    everything = MicroBatch(tuple(range(count)), 1.0, sum(sizes))
+    everything = MicroBatch(tuple(range(count)), sum(sizes))
     if whole or tokens_per_batch is None or everything.tokens <= tokens_per_batch:
         return [everything]
     order = sorted(range(count), key=lambda i: (-sizes[i], i))
@@ -100,7 +99,7 @@ def cut(sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False,
         if all(n <= tokens_per_batch or len(m) == 1 for n, m in zip(load, members, strict=True)):
             break
     batches = [(sorted(m), n) for m, n in zip(members, load, strict=True) if m]
-    return [MicroBatch(tuple(m), len(m) / count, n) for m, n in sorted(batches)]
+    return [MicroBatch(tuple(m), n) for m, n in sorted(batches)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -148,13 +147,15 @@ class TokenBudget:
         """
         while True:
             batches = cut(sizes, self.tokens, whole, opening)
+            # A small step does not fill the budget: what did not fit is what was there.
+            tokens = min(self.tokens, opening + max(batch.tokens for batch in batches))
             try:
                 result = step(batches)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                finest = whole or len(batches) == len(sizes) or self.tokens // 2 < self.floor
-                relieved = relieve(self.tokens, finest)
+                finest = whole or len(batches) == len(sizes) or tokens // 2 < self.floor
+                relieved = relieve(tokens, finest)
                 if finest and not relieved:
                     raise UserError(f"{_does_not_fit(sizes, whole)} {advice}") from error
             else:
@@ -166,8 +167,7 @@ class TokenBudget:
                 torch.cuda.empty_cache()
             self.clean = 0
             if not relieved:
-                self.tokens //= 2
-                self.ceiling = self.tokens
+                self.tokens = self.ceiling = tokens // 2
 
     def _grow(self) -> None:
         self.clean += 1

@@ -39,12 +39,16 @@ def load_checked(path: Path) -> dict[str, np.ndarray] | None:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == path.stem:
             return load(data)
-    except (FileNotFoundError, SafetensorError):
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("reference cache file %s cannot be read (%s); its pairs will be computed again", path, error)
+        return None
+    except SafetensorError:
         pass
-    if path.exists():
-        log.warning("reference cache file %s is corrupt; set aside, its pairs will be computed again", path)
-        with contextlib.suppress(FileNotFoundError):  # another process set it aside first
-            path.replace(path.with_suffix(".corrupt"))
+    log.warning("reference cache file %s is corrupt; set aside, its pairs will be computed again", path)
+    with contextlib.suppress(OSError):  # another process set it aside first, or the folder is not ours
+        path.replace(path.with_suffix(".corrupt"))
     return None
 
 
@@ -70,6 +74,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        Path(name).chmod(0o644)  # mkstemp's file is its owner's alone, and caches are shared
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""May this model be scored by packed rows? Facts of the architecture first, then a proof on real pairs.
+"""May this model be scored by packed rows? Facts of the architecture first, then a check on real pairs.
 
 Every answer of "no" is one line for people: what stands in the way. The caller then takes the stock path and
 says so.
@@ -23,8 +23,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 4e-3, torc
 squares.
 
 float32: a few hundred sums of different order. float16 and bfloat16: their rounding (2^-11, 2^-8) through
-tens of layers; both paths are equally far from the exact value, so this is a guard against errors, not a
-proof."""
+tens of layers; both paths are equally far from the exact value, so the check finds what is wrong with the
+engine, and cannot tell rounding from rounding."""
 
 _FULL = {"full_attention", "attention"}
 
@@ -40,12 +40,9 @@ class Verdict:
     known: bool = False
 
 
-def read_facts(model: nn.Module, longest: int | None) -> str | None:
+def read_facts(model: nn.Module, longest: int) -> str | None:
     """None if the architecture can be packed, else why not. longest: positions of the longest sequence in the
-    data.
-
-    With longest None (unknown) any sliding window or chunk counts against the model.
-    """
+    data."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config
     text = config.get_text_config()
@@ -67,7 +64,7 @@ def read_facts(model: nn.Module, longest: int | None) -> str | None:
     return _layer_reason(name, text, longest) or _adapter_reason(model)
 
 
-def _layer_reason(name: str, text: object, longest: int | None) -> str | None:
+def _layer_reason(name: str, text: object, longest: int) -> str | None:
     kinds = set(getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     chunk = getattr(text, "attention_chunk_size", None)
@@ -76,15 +73,14 @@ def _layer_reason(name: str, text: object, longest: int | None) -> str | None:
     if other:
         return f"{name} has layers of another kind than attention ({', '.join(sorted(other))})"
     for label, size in (("sliding window", window if sliding else None), ("attention chunk", chunk)):
-        if size is not None and (longest is None or longest > size):
-            known = "unknown" if longest is None else f"up to {longest}"
-            return f"{name} has a {label} of {size} tokens and the sequences have {known}"
+        if size is not None and longest > size:
+            return f"{name} has a {label} of {size} tokens and the sequences have up to {longest}"
     if (getattr(text, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
         original = getattr(text, "original_max_position_embeddings", None) or text.rope_parameters.get(
             "original_max_position_embeddings"
         )
         limit = original or getattr(text, "max_position_embeddings", None)
-        if limit is not None and (longest is None or longest > limit):
+        if limit is not None and longest > limit:
             return f"{name} changes its rotary frequencies beyond {limit} tokens with the longest row of a batch"
     if getattr(text, "model_type", "") == "gpt_oss":
         return f"{name} has attention sinks, which the packed kernels do not compute"
@@ -143,7 +139,7 @@ def probe(model: nn.Module, batch: dict[str, Tensor], tolerance: float | None = 
 def judge(
     model: nn.Module,
     batch: dict[str, Tensor],
-    longest: int | None,
+    longest: int,
     proofs: Proofs | None = None,
     **engine: object,
 ) -> Verdict:

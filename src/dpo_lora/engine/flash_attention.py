@@ -3,7 +3,9 @@
 These are the operations behind torch's scaled_dot_product_attention on a CPU. Called from here they read the row where
 it lies, share a key head among its query heads as a view, and write gradients where they belong. The backward one
 computes the whole square of a causal mask; measured it is still faster than `block_attention.py`, which does not.
-Where a training has diverged beyond repair its gradient overflows, as stock TRL's does at the same steps.
+It makes probabilities again as exp(score - logsumexp). Where a training has diverged so far that scores pass about 1e8,
+the rounding of a score alone is tens in that exponent, and gradients come out huge, infinite or NaN. Stock TRL gets
+the same there, since its attention on a CPU is the same kernel.
 
 Tensors are seen as [G, R, T, D]: G key heads, R query heads for each.
 """

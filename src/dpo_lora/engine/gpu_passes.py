@@ -31,13 +31,13 @@ def put_back(d_keys: Tensor, d_values: Tensor, plan: PairPlan) -> tuple[Tensor, 
         for part in (d_keys, d_values):
             own = part[: plan.opening]
             own.copy_(own.float() + part[segments.opening].float().sum(0))
-    return _put_back(d_keys, d_values, segments.own, segments.again)
+    return _put_back(d_keys, d_values, segments.own, segments.second)
 
 
 @compiled(0, vectors=True)
-def _put_back(d_keys: Tensor, d_values: Tensor, own: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
-    twice = (again >= 0).unsqueeze(1).unsqueeze(1)
-    other = again.clamp(0)
+def _put_back(d_keys: Tensor, d_values: Tensor, own: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    twice = (second >= 0).unsqueeze(1).unsqueeze(1)
+    other = second.clamp(0)
 
     def total(part: Tensor) -> Tensor:
         twofold = torch.where(twice, part.index_select(0, other).float(), 0.0)

@@ -26,6 +26,8 @@ from dpo_lora.engine.products import add_linear, linear
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # 8 MiB of float32 stay in a CPU's last-level cache; on a GPU 256 MiB of bfloat16, half of them logits
 _TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+# Vocabulary ids a tile has at least: narrower products are slow. Where tokens are many, it outgrows the size above.
+_LEAST_WIDTH = 1024
 # Tiles are whole multiples of it wide: a GPU's products want rows that begin at multiples of 16 bytes.
 _TILE_STEP = 64
 
@@ -85,7 +87,7 @@ class _LabelLogProbs(torch.autograd.Function):
         fold = _Fold(hidden.to(dtype), labels, rule, statistics, ctx.needs_input_grad[0], bias is not None)
         vocabulary = weight.shape[0]
         budget = _TILE_ELEMENTS.get(device, _TILE_ELEMENTS["cpu"])
-        width = min(vocabulary, max(1024, budget // max(len(labels), 1) // _TILE_STEP * _TILE_STEP))
+        width = min(vocabulary, max(_LEAST_WIDTH, budget // max(len(labels), 1) // _TILE_STEP * _TILE_STEP))
         for start in range(0, vocabulary, width):
             stop = min(start + width, vocabulary)
             fold.add(weight[start:stop].to(dtype), None if bias is None else bias[start:stop].to(dtype), start)

@@ -71,13 +71,13 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, grad):
         x, *kept = ctx.saved_tensors
         if not kept:
-            _, kept = _forward(x, ctx.parts, ctx.rotation, ctx.plan, ctx.rows, again=True)
+            _, kept = _forward(x, ctx.parts, ctx.rotation, ctx.plan, ctx.rows, for_backward=True)
         dx, grads = _backward(grad, x, kept, ctx.parts, ctx.rotation, ctx.plan, ctx.rows, ctx.needs_input_grad[0])
         return (dx, None, None, None, None, *grads)
 
 
-def _forward(x, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows: Tensor | None, again: bool = False):
-    """The layer's output, and what the backward pass wants; again: that alone."""
+def _forward(x, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows: Tensor | None, for_backward: bool = False):
+    """The layer's output, and what the backward pass wants; for_backward: that alone."""
     passes = parts.passes
     normed, inverse1 = passes.normalise(x, parts.attention_norm, parts.epsilon)
     qkv, low_qkv = project(normed, parts.qkv)
@@ -91,7 +91,7 @@ def _forward(x, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows: Ten
     (gate, up), low_gate_up = project(normed, parts.gate_up)
     del normed
     active = passes.gated(gate, up)
-    if again:
+    if for_backward:
         out, low_down = None, project_down(active, parts.down)
     else:
         [out], low_down = project(active, parts.down, start=middle)

@@ -76,11 +76,6 @@ class PairPlan:
         """[N] position in the row whose hidden state predicts the entry's label."""
         return self.scored_rows[self.entry_rows]
 
-    @property
-    def longest(self) -> int:
-        """Longest single sequence, in positions: what a sliding window or a position table has to cover."""
-        return self.opening + max((s + max(c, r) for s, c, r in self.segments), default=0)
-
     @cached_property
     def runs(self) -> list[Run]:
         """What each part of the row sees, in the row's order; none is empty."""

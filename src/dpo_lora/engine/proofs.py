@@ -1,4 +1,4 @@
-"""Probes that were passed, on disk: a model that was proven to pack on these very bits is not proven again.
+"""Probes that were passed, on disk: a model whose packing was checked on these very bits is not checked again.
 
     <folder>/<key>.json      the difference that the probe found
 
@@ -60,11 +60,11 @@ class Proofs:
         """The difference between packed and stock that the probe found; None where there was none."""
         try:
             return float(json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))["difference"])
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or not what we wrote: prove it
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or not what we wrote: check it
             return None
 
     def note(self, key: str, difference: float) -> None:
-        """Keep a probe that was passed; where the folder cannot be written, the next run proves it again."""
+        """Keep a probe that was passed; where the folder cannot be written, the next run checks it again."""
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / f"{key}.json", json.dumps({"difference": difference}).encode())

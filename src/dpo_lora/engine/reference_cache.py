@@ -40,15 +40,6 @@ Tokens = tuple[tuple[Sequence[int], int], tuple[Sequence[int], int]]
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """values[i] belongs to rows[i]; how many distinct pairs were found and how many had to be computed."""
-
-    values: list[LogProbs]
-    found: int
-    computed: int
-
-
-@dataclass(frozen=True)
 class ScopeInfo:
     """One line of `list_scopes`: sizes in bytes, `used` in seconds since the epoch."""
 
@@ -110,20 +101,6 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = Path(folder), max_bytes
-
-    def fetch(
-        self,
-        scope: str,
-        rows: Sequence[Tokens],
-        compute: Callable[[list[Tokens]], list[LogProbs]],
-        about: dict | None = None,
-        rows_per_shard: int = 64,
-        wait: float = 3600.0,
-    ) -> Fetched:
-        """Log-probs of all rows, all in memory; arguments as for `visit`."""
-        values: list[LogProbs | None] = [None] * len(rows)
-        wanted = self.visit(scope, rows, compute, values.__setitem__, about, rows_per_shard, wait)
-        return Fetched([v for v in values if v is not None], *wanted)
 
     def visit(
         self,

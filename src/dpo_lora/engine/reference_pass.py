@@ -19,20 +19,18 @@ from dpo_lora.engine.packing import plan_pairs, positions_needed
 from dpo_lora.engine.reference_cache import Tokens
 
 _REFERENCE = "ref"  # the name TRL gives to the copy of a continued adapter
-_VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "architectures"}
+_VOLATILE = {
+    "_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "architectures",
+    "output_router_logits", "quantization_config",
+}  # fmt: skip
 
 
-def fingerprint_base(model: nn.Module) -> str:
-    """sha256 over the base model's weights by content and its config; adapters do not count, nor do file
-    names."""
+def fingerprint_config(model: nn.Module) -> str:
+    """sha256 of what the base model's config computes by: equal weights with another rotary scaling, window or
+    epsilon are another reference."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    digest = hashlib.sha256()
     config = {k: v for k, v in base.config.to_dict().items() if k not in _VOLATILE and not k.startswith("_attn")}
-    config.pop("output_router_logits", None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    state = {k.replace(".base_layer", ""): v for k, v in base.state_dict().items() if "lora_" not in k}
-    _update(digest, state)
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint_adapter(model: nn.Module) -> str | None:
@@ -77,7 +75,7 @@ def reference_active(model: nn.Module) -> Iterator[None]:
 
 
 def reference_pass(packed: PackedForward, budget: TokenBudget) -> Callable[[Sequence[Tokens]], list[LogProbs]]:
-    """A function for `ReferenceCache.fetch`: rows -> per-token log-probs, by packed rows within the
+    """A function for `ReferenceCache.visit`: rows -> per-token log-probs, by packed rows within the
     budget."""
 
     def compute(rows: Sequence[Tokens]) -> list[LogProbs]:

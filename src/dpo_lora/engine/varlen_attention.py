@@ -23,7 +23,7 @@ class Segments(NamedTuple):
     """Cumulative lengths for the flash kernel and where each key comes from. S segments, K gathered keys.
 
     cu_q, cu_k: [S + 1] int32; max_q, max_k: longest segment; key_rows: [K] row position of each gathered key.
-    Where each of the row's T positions went: own: [T] its key among the gathered ones in its own run; again: [T] the
+    Where each of the row's T positions went: own: [T] its key among the gathered ones in its own run; second: [T] the
     same in the other answer's run, for what a pair shares, else -1; opening: [runs, positions] for the opening's.
     """
 
@@ -33,7 +33,7 @@ class Segments(NamedTuple):
     max_k: int
     key_rows: Tensor
     own: Tensor
-    again: Tensor
+    second: Tensor
     opening: Tensor
 
 
@@ -45,7 +45,7 @@ def segments_of(plan: PairPlan) -> Segments:
         return known
     queries = [run.count for run in plan.runs]
     keys = [run.seen + run.count for run in plan.runs]
-    rows, own, again = [], np.empty(plan.tokens, np.int64), np.full(plan.tokens, -1)
+    rows, own, second = [], np.empty(plan.tokens, np.int64), np.full(plan.tokens, -1)
     opening = []
     at = 0
     for run in plan.runs:
@@ -57,7 +57,7 @@ def segments_of(plan: PairPlan) -> Segments:
             elif first < plan.opening:
                 opening.append(places)
             else:
-                again[first : first + length] = places
+                second[first : first + length] = places
             at += length
     device = plan.input_ids.device
 
@@ -65,7 +65,7 @@ def segments_of(plan: PairPlan) -> Segments:
         return sent(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
 
     opened = np.stack(opening) if opening else np.empty((0, plan.opening), np.int64)
-    places_of = (sent(torch.from_numpy(each), device) for each in (np.concatenate(rows), own, again, opened))
+    places_of = (sent(torch.from_numpy(each), device) for each in (np.concatenate(rows), own, second, opened))
     made = Segments(cumulative(queries), cumulative(keys), max(queries), max(keys), *places_of)
     plan.notes["segments"] = made
     return made
@@ -125,22 +125,6 @@ def call_for(
         else:
             q = q * (scale * q.shape[-1] ** 0.5)
     return q, k, v, options
-
-
-def emulated_flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | None) -> Tensor:
-    """What the flash kernel computes, in plain torch on any device; the test of the gathering on CPU."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = q.shape[1] // k.shape[1]
-    outputs = []
-    for i in range(len(s.cu_q) - 1):
-        qi = q[s.cu_q[i] : s.cu_q[i + 1]]
-        ki, vi = (x[s.cu_k[i] : s.cu_k[i + 1]].repeat_interleave(group, 1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", qi, ki) * scale
-        queries, keys = scores.shape[1:]
-        visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        scores = scores.masked_fill(~visible, float("-inf"))
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vi))
-    return torch.cat(outputs)
 
 
 def visible_pairs(plan: PairPlan) -> tuple[Tensor, Tensor]:
