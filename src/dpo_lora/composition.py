@@ -22,10 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lora import usage
 from dpo_lora.errors import UserError
+from dpo_lora.files import write_atomic
 from dpo_lora.provenance import record_command
 from dpo_lora.resources import conf_dir
 from dpo_lora.schema import RunSettings
-from dpo_lora.settings import from_hydra, plain, register_schema
+from dpo_lora.settings import fingerprint, from_hydra, from_plain, plain, register_schema
 from dpo_lora.typos import check_names, explain
 
 if TYPE_CHECKING:
@@ -67,8 +68,10 @@ def open_run(
     from dpo_lora.rundir import RunDir  # a typo need not wait for it
 
     if resume is not None:
-        return RunDir.reopen(resume), settings
-    settings = _pin_parent(settings, in_sweep=trial is not None)
+        run = RunDir.reopen(resume)
+        _bring_up_to_date(run, settings)
+        return run, settings
+    settings = replace(settings, parent=pinned(settings.parent, Path(settings.outputs), in_sweep=trial is not None))
     run = RunDir.create(
         plain(settings),
         outputs=Path(settings.outputs),
@@ -82,25 +85,40 @@ def open_run(
     return run, settings
 
 
-def _pin_parent(settings: RunSettings, *, in_sweep: bool) -> RunSettings:
-    """The settings with a parent that lies on this disk by its full path: ``latest`` is another run tomorrow.
+def _bring_up_to_date(run: RunDir, settings: RunSettings) -> None:
+    """Write the settings that ``run`` goes on with where it computes the same by them: another tracker, say."""
+    known = run.settings()
+    if known != plain(settings) and fingerprint(from_plain(known)) == fingerprint(settings):
+        write_atomic(run.settings_file, yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
+
+
+def pinned(parent: str | None, outputs: Path, *, in_sweep: bool) -> str | None:
+    """A parent that lies on this disk by its full path, which is the same run from everywhere and tomorrow.
+
+    An id on the hub, or what is nothing at all, stays as it is: lineage tells.
+
+    Args:
+        in_sweep: the sweep's trials are to have the same parent whenever it goes on.
 
     Raises:
-        UserError: ``parent=latest`` in a sweep, whose trials would each find another one.
+        UserError: ``latest`` without a finished run, or in a sweep a name that is another run at another time.
     """
     from dpo_lora.rundir import find
 
-    if settings.parent is None:
-        return settings
+    if parent is None:
+        return None
     try:
-        path = find(settings.parent, Path(settings.outputs)).path
+        path = find(parent, outputs).path
     except UserError:
-        if settings.parent == "latest":
+        if parent == "latest":
             raise
-        return settings  # an id on the hub, or nothing at all: lineage tells
-    if in_sweep and settings.parent == "latest":
-        raise UserError(f"parent=latest is another run each time a sweep goes on. Name it: parent={path}")
-    return replace(settings, parent=str(path))
+        return parent
+    if in_sweep and (parent == "latest" or any(named.is_symlink() for named in (Path(parent), outputs / parent))):
+        raise UserError(
+            f"parent={parent} may be another run when the sweep goes on, and its trials would not be comparable. "
+            f"Name the run that it is now: parent={path}"
+        )
+    return str(path)
 
 
 def compose(overrides: list[str], config_dir: Path | None = None) -> RunSettings:

@@ -19,7 +19,7 @@ DIRECTIONS = {
     "brier": MINIMIZE,
     "calibration_error": MINIMIZE,
     "tokens_per_second": MAXIMIZE,
-    "seconds": MINIMIZE,  # of training
+    "seconds": MINIMIZE,  # of training alone: without what trials share or take from caches
     "peak_memory_bytes": MINIMIZE,
 }
 
@@ -39,6 +39,12 @@ def read(run: RunDir) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def better(name: str, a: float, b: float) -> bool:
-    """Whether ``a`` beats ``b``."""
-    return a > b if DIRECTIONS[name] == MAXIMIZE else a < b
+def mean(runs: list[RunDir], names: list[str]) -> tuple[list[float], list[str]]:
+    """Objectives of finished runs of one setting, meaned over them, and the names that some of them lack.
+
+    The values are for all of ``names``, in their order, or empty where one is lacking.
+    """
+    figures = [read(run) for run in runs]
+    lacking = [name for name in names if any(name not in one for one in figures)]
+    values = [] if lacking else [sum(one[name] for one in figures) / len(figures) for name in names]
+    return values, lacking

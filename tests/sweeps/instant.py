@@ -10,9 +10,11 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RunDir, ended, now
+from dpo_lora.sweeps import pruning
 from dpo_lora.sweeps.processes import Job
 from dpo_lora.sweeps.trial import Trial
 
@@ -30,7 +32,10 @@ class World:
     started: list[Trial] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)  # jobs of work that trials share
     places: list[str] = field(default_factory=list)  # "open" and "closed", each time they were
+    signals: list[int] = field(default_factory=list)  # that the sweep sent to trials
     fails: Callable[[dict[str, Any]], bool] = lambda settings: False
+    cut_off: Callable[[dict[str, Any]], bool] = lambda settings: False  # by somebody else's SIGTERM
+    lacks: Callable[[dict[str, Any]], set[str]] = lambda settings: set()  # figures that do not exist
     stop_after: int | None = None  # trials; then Ctrl-C
     kill_after: int | None = None  # trials; then the sweep's process is gone
 
@@ -48,6 +53,7 @@ class InstantProcesses:
     world: World
     slots: list[Any]
     running: dict[str, Any] = field(default_factory=dict)
+    joules: float = 0.0
 
     def open(self) -> None:
         self.world.places.append("open")
@@ -84,11 +90,13 @@ class InstantProcesses:
         return [(name, code) for name, code in codes.items() if code is not None]
 
     def signal(self, job: str, number: int) -> None:
+        self.world.signals.append(number)
         if job in self.running and number == signal.SIGTERM:
             self.running[job] = iter([128 + number])
 
     def energy(self) -> float | None:
-        return 3600.0
+        self.joules += 3600.0  # each time that it is read
+        return self.joules
 
     def close(self) -> None:
         self.world.places.append("closed")
@@ -100,7 +108,7 @@ class InstantProcesses:
         run.write_manifest({"status": "running", "started": now()})
         last, every = settings["train"]["max_steps"], settings["eval"]["every"]
         for step in range(every, last, every) if every else ():
-            question = trial.path / ".judge" / f"{step}.question"
+            question = pruning.folder(trial.path) / f"{step}.question"
             if not question.parent.is_dir():
                 continue
             question.write_text(json.dumps(self._figures(settings, step)))
@@ -109,26 +117,31 @@ class InstantProcesses:
             if question.with_suffix(".answer").read_text() == "stop":
                 run.write_manifest(ended(INTERRUPTED, reason="SIGTERM"))
                 yield 143
+        if self.world.cut_off(settings):
+            run.write_manifest(ended(INTERRUPTED, reason="SIGTERM"))
+            yield 143
         if self.world.fails(settings):
             run.write_manifest(ended(FAILED, reason="RuntimeError: as the test wants it"))
             yield 1
         self._finish(run, settings, last)
         yield 0
 
-    def _figures(self, settings: dict[str, Any], step: int) -> dict[str, float]:
+    def _figures(self, settings: dict[str, Any], step: int) -> dict[str, float | None]:
         worth = self.world.worth(settings, step)
         wins = round(PAIRS * min(1.0, max(0.0, 0.5 + worth / 2)))
-        return {
+        figures = {
             "accuracy": wins / PAIRS, "margin": worth, "accuracy_length_controlled": 0.5, "loss": 1 - worth,
             "brier": 0.2, "calibration_error": 0.1,
         }  # fmt: skip
+        return {**figures, **dict.fromkeys(self.world.lacks(settings))}
 
     def _finish(self, run: RunDir, settings: dict[str, Any], last: int) -> None:
         figures = self._figures(settings, last)
-        share = figures["accuracy"]
-        half = 1.96 * math.sqrt(share * (1 - share) / PAIRS)
+        share, confidence = figures["accuracy"], settings["eval"]["confidence"]
+        assert share is not None
+        half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(share * (1 - share) / PAIRS)
         after = {**figures, "step": last, "pairs": PAIRS, "accuracy_interval": [share - half, share + half]}
-        run.eval_file.write_text(json.dumps({"after": after}))
+        run.eval_file.write_text(json.dumps({"confidence": confidence, "after": after}))
         wins = round(share * PAIRS)
         rows = [{"step": last, "prompt": f"p{n}", "pair": f"x{n}", "win": float(n < wins)} for n in range(PAIRS)]
         run.eval_pairs_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -137,7 +150,7 @@ class InstantProcesses:
         run.write_manifest(
             {
                 **ended(FINISHED),
-                "data": {"train": {"pairs": 400}, "heldout": {"pairs": PAIRS}},
+                "data": {"train": {"pairs": settings["data"]["max_pairs"] or 400}, "heldout": {"pairs": PAIRS}},
                 "training": {
                     "steps": last,
                     "pairs": 8 * last,

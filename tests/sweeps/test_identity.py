@@ -52,6 +52,34 @@ def test_a_value_that_cannot_be_leaves_no_sweep_and_changes_none(
     assert facts(sweep) == before
 
 
+def test_a_bad_value_in_a_later_batch_is_told_before_the_first(
+    cli: CommandLine, world: World, sweep_words: list[str], tmp_path: Path
+) -> None:
+    words = [*sweep_words, "hydra.sweeper.max_batch_size=1"]
+    refused = cli(*words, "dpo.beta=0.1,-1")
+    assert (refused.code, world.started) == (2, [])
+    assert not list((tmp_path / "outputs").glob("dpo-*"))
+    done = cli(*words, "dpo.beta=0.05,0.1", "sweep.slots=2")
+    assert (done.code, _betas(world)) == (0, ["0.05", "0.1"])
+    assert facts(_sweep(done))["counts"] == {"finished": 2}
+    assert [sitting["energy_joules"] for sitting in facts(_sweep(done))["sittings"]] == [3600.0, 3600.0]
+
+
+def test_a_sweep_that_has_trained_is_kept_whatever_comes_after(
+    cli: CommandLine, world: World, sweep_words: list[str], tmp_path: Path
+) -> None:
+    """Hydra's own sweeper hands over one batch after the other."""
+    words = [*sweep_words, "hydra/sweeper=basic", "hydra.sweeper.max_batch_size=1"]
+    refused = cli(*words, "dpo.beta=0.1,-1")
+    assert (refused.code, _betas(world)) == (2, ["0.1"])
+    (sweep,) = (tmp_path / "outputs").glob("dpo-*")
+    assert (facts(sweep)["status"], facts(sweep)["counts"]) == ("finished", {"finished": 1})
+    world.started.clear()
+    assert cli(*words, "dpo.beta=0.1,0.2").code == 0
+    assert _betas(world) == ["0.2"]
+    assert facts(sweep)["counts"] == {"finished": 2}
+
+
 def test_repeats_are_seeds_and_grow_too(cli: CommandLine, world: World, sweep_words: list[str]) -> None:
     cli(*sweep_words, "dpo.beta=0.05,0.1", "sweep.repeats=3")
     assert [(t.varied["dpo.beta"], t.seed) for t in world.started] == [
@@ -87,6 +115,49 @@ def test_the_exit_code_counts_failures_and_retry_runs_exactly_those(
     assert again.code == 0, again.err
     assert _betas(world) == ["0.2", "0.3"]
     assert "sweep.trial_timeout=600" in facts(sweep)["command"]
+
+
+def test_a_trial_that_somebody_else_stopped_is_named_and_counted(
+    cli: CommandLine, world: World, sweep_words: list[str]
+) -> None:
+    world.cut_off = lambda settings: settings["dpo"]["beta"] == 0.1
+    world.fails = lambda settings: settings["dpo"]["beta"] == 0.2
+    done = cli(*sweep_words, "dpo.beta=0.05,0.1,0.2")
+    assert done.code == 2  # one failed, one is not finished
+    sweep = _sweep(done)
+    assert (facts(sweep)["status"], facts(sweep)["counts"]["interrupted"]) == ("interrupted", 1)
+    assert "dpo.beta=0.1 seed=0\n  stopped by SIGTERM from outside\n" in done.err
+    assert f"1 not finished. Go on: dpo-lora resume {sweep}\n" in done.err
+    assert cli(*sweep_words, "dpo.beta=0.05,0.3").code == 1  # the failed one; nobody asks for the other any more
+    assert facts(sweep)["status"] == "failed"
+    world.cut_off = world.fails = lambda settings: False
+    world.started.clear()
+    assert cli(*sweep_words, "dpo.beta=0.05,0.1,0.2", "sweep.retry=failed").code == 0
+    assert _betas(world) == ["0.1", "0.2"]
+
+
+def test_another_tracker_is_taken_up_where_the_sweep_goes_on(
+    cli: CommandLine, world: World, sweep_words: list[str], tmp_path: Path
+) -> None:
+    world.stop_after = 1
+    stopped = cli(*sweep_words, "tracking=tensorboard", "dpo.beta=0.05,0.1")
+    assert stopped.code == 130, stopped.err
+    assert world.started[0].settings["tracking"]["kind"] == "tensorboard"
+    world.stop_after = None
+    world.started.clear()
+    done = cli(*sweep_words, "dpo.beta=0.05,0.1")
+    assert (done.code, facts(_sweep(done))["counts"]) == (0, {"finished": 2})
+    assert [trial.settings["tracking"]["kind"] for trial in world.started] == ["none", "none"]
+    assert _betas(world) == ["0.05", "0.1"]
+    assert len(list((tmp_path / "outputs").glob("dpo-*"))) == 1
+
+
+def test_seconds_are_of_training_wherever_they_are_told(cli: CommandLine, world: World, sweep_words: list[str]) -> None:
+    sweep = _sweep(cli(*sweep_words, "dpo.beta=0.05,0.1", "sweep.objectives=[seconds]"))
+    assert {entry["value"] for entry in facts(sweep)["ranking"]} == {8.0}
+    with (sweep / "trials.csv").open() as file:
+        assert {row["seconds"] for row in csv.DictReader(file)} == {"8.0"}
+    assert "<td>18 s</td>" in (sweep / "report.html").read_text()  # with all else: 9 s a trial
 
 
 def test_ctrl_c_stops_in_order_and_resume_goes_on(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_lora.schema import Device, Retry, SweepSettings
+from dpo_lora.choices import Device, Retry
+from dpo_lora.schema import SweepSettings
 from dpo_lora.sweeps import placement
 
 

@@ -19,7 +19,7 @@ def _score(name: str, seed: int, wins: list[float]) -> Score:
     trial = Trial(f"{name}-{seed}", name, seed, {"dpo.beta": name}, [], {}, Path(name))
     half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(wins))
     pairs = {(f"prompt-{n}", f"pair-{n}"): win for n, win in enumerate(wins)}
-    return Score(trial, {"accuracy": accuracy, "margin": 0.0}, (accuracy - half, accuracy + half), pairs)
+    return Score(trial, {"accuracy": accuracy, "margin": 0.0}, (accuracy - half, accuracy + half), 0.95, pairs)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,17 @@ def test_pairing_sees_what_the_intervals_alone_do_not() -> None:
     assert best.interval is not None and other.interval is not None
     assert other.interval[1] > best.interval[0]
     assert other.paired == 300
+    assert other.distinguishable
+
+
+def test_intervals_are_compared_at_the_confidence_that_they_were_made_at() -> None:
+    def one(name: str, margin: float) -> Score:
+        return Score(_score(name, 0, [1.0]).trial, {"margin": margin}, (margin - 0.3, margin + 0.3), confidence=0.8)
+
+    _, other = rank([one("a", 1.0), one("b", 0.5)], "margin", 0.8)
+    assert (other.behind, other.paired) == (0.5, 0)
+    half = math.hypot(0.3, 0.3)  # a single comparison: nothing is widened
+    assert other.behind_interval == pytest.approx((0.5 - half, 0.5 + half))
     assert other.distinguishable
 
 

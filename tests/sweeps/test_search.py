@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from dpo_lora.errors import UserError
-from dpo_lora.sweeps import space
+from dpo_lora.sweeps import search, space
 from dpo_lora.sweeps.search import PRUNERS, SAMPLERS
 from harness import CommandLine
 from sweeps.instant import Killed, World, facts
@@ -44,7 +45,12 @@ def study(cli: CommandLine, world: World, sweep_words: list[str], tmp_path: Path
     ],
 )
 def test_hydras_words_become_distributions(typed: str, expected: object) -> None:
-    assert space.distribution(OverridesParser.create().parse_overrides([typed])[0]) == expected
+    def read(words: str) -> object:
+        return space.distribution(OverridesParser.create().parse_overrides([words])[0])
+
+    found = read(typed)
+    assert found == expected
+    assert read(f"x={space.words(found)}") == expected  # type: ignore[arg-type]  # and back
 
 
 def test_a_space_that_cannot_be_is_the_users_mistake() -> None:
@@ -84,6 +90,7 @@ def test_every_pruner_stops_hopeless_trials(study: Any, world: World, pruner: st
     assert set(states) == {"complete", "pruned"}
     pruned = [t for t in found["trials"] if t["status"] == "pruned"]
     assert len(pruned) == states.count("pruned")
+    assert world.signals == []  # the answer is enough: a trial stops itself
     assert all("behind the others" in t["reason"] for t in pruned)
     worth = {t["id"]: abs(float(t["varied"]["dpo.beta"])) for t in found["trials"]}
     assert found["best"] in worth and found["best"] not in {t["id"] for t in pruned}
@@ -130,6 +137,50 @@ def test_failed_trials_do_not_end_a_study_and_can_be_retried(study: Any, world: 
     assert [t["state"] for t in found["study"]["trials"]] == ["complete"] * 12
 
 
+@pytest.mark.parametrize("change", ["dpo.beta=0.05,0.1,0.2", "sweep.objectives=[loss]"])
+def test_a_study_keeps_its_space_and_a_new_one_learns_from_it(
+    study: Any, world: World, cli: CommandLine, sweep_words: list[str], tmp_path: Path, change: str
+) -> None:
+    words = ["dpo.beta=0.05,0.1", "train.learning_rate=tag(log,interval(1e-5,1e-3))", "hydra.sweeper.trials=3"]
+    _, before = study(*words)
+    (sweep,) = (tmp_path / "outputs").glob("dpo-*")
+    world.started.clear()
+    changed = [*words, change]
+    refused = cli(*sweep_words, "hydra/sweeper=study", "sweep.objectives=[margin]", *changed)
+    assert (refused.code, world.started, facts(sweep)) == (2, [], before)
+    was, now = {"d": ("dpo.beta=0.05,0.1,", "now 0.05,0.1,0.2"), "s": ("=[margin],", "now [loss]")}[change[0]]
+    for part in (was, now, "hydra.sweep.dir=FOLDER", f"hydra.sweeper.warm_start=[{sweep}]"):
+        assert part in refused.err
+    assert "Traceback" not in refused.err
+    assert cli("resume", str(sweep)).code == 0  # the earlier one is as it was
+    apart = [f"hydra.sweep.dir={tmp_path / 'outputs' / 'dpo-new'}", f"hydra.sweeper.warm_start=[{sweep}]"]
+    code, found = study(*changed, *apart)
+    assert (code, len(found["study"]["trials"])) == (0, 3)
+
+
+def test_a_study_that_did_not_keep_its_space_is_known_by_its_trials() -> None:
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(
+        optuna.trial.create_trial(params={"x": "a"}, distributions={"x": CategoricalDistribution(["a"])}, value=1.0)
+    )
+    assert search._changes(study, ["margin"], {"x": CategoricalDistribution(["a"])}) == []
+    assert search._changes(study, ["accuracy"], {"x": CategoricalDistribution(["a", "b"])}) == ["x=a, and now a,b"]
+    assert search._changes(study, ["loss"], {}) == ["sweep.objectives=others, and now [loss]"]
+
+
+def test_a_figure_that_does_not_exist_ends_no_study(study: Any, world: World) -> None:
+    world.lacks = lambda settings: {"accuracy_length_controlled", "margin"} if settings["dpo"]["beta"] > 0.1 else set()
+    words = ["hydra/sweeper=study-pruned", "hydra.sweeper.sampler=random", "hydra.sweeper.startup_trials=1"]
+    objective = "sweep.objectives=[accuracy_length_controlled]"
+    code, found = study(*words, *SPACE, "eval.every=2", objective)
+    assert code == 0
+    assert found["counts"] == {"finished": 12}
+    lacking = [t for t in found["study"]["trials"] if t["params"]["dpo.beta"] > 0.1]
+    assert lacking and {t["state"] for t in lacking} == {"fail"}
+    assert all("accuracy_length_controlled" in t["reason"] for t in lacking)
+    assert [t["state"] for t in found["study"]["trials"]].count("complete") == 12 - len(lacking) > 0
+
+
 def test_several_objectives_have_a_front(study: Any, world: World) -> None:
     code, found = study("sweep.objectives=[margin,seconds]", *SPACE)
     assert code == 0
@@ -171,9 +222,11 @@ def test_spaces_as_presets(study: Any, world: World, preset: str) -> None:
     ],
 )
 def test_a_study_that_cannot_be_is_refused(
-    cli: CommandLine, world: World, sweep_words: list[str], words: list[str], told: str
+    cli: CommandLine, world: World, sweep_words: list[str], tmp_path: Path, words: list[str], told: str
 ) -> None:
     done = cli(*sweep_words, "hydra/sweeper=study", *words)
     assert done.code == 2
     assert told in done.err
     assert "Traceback" not in done.err
+    assert not list((tmp_path / "outputs").glob("dpo-*"))
+    assert told in cli("plan", *sweep_words[1:], "hydra/sweeper=study", *words).err

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_lora.choices import TrackerKind, TrackerMode
 from dpo_lora.rundir import RunDir
-from dpo_lora.schema import TrackerKind, TrackerMode, TrackingSettings
+from dpo_lora.schema import TrackingSettings
 from dpo_lora.tracking import open_tracker
 from harness import CommandLine
 from sweeps.instant import World

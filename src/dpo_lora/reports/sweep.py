@@ -37,7 +37,8 @@ def page(sweep: Path) -> str:
             f"says how it stands; if it was killed, 'dpo-lora resume {sweep}' goes on with it."
         )
     objective = facts["objectives"][0]
-    finished = [t for t in facts["trials"] if t["status"] == "finished" and objective in t["figures"]]
+    done = [t for t in facts["trials"] if t["status"] == "finished"]
+    finished = [t for t in done if t["figures"].get(objective) is not None]
     columns = {name: [t["varied"].get(name, "") for t in finished] for name in facts["varies"]}
     values = [float(t["figures"][objective]) for t in finished]
     main = effects.main_effects(columns, values) if len(finished) > 1 else []
@@ -51,11 +52,12 @@ def page(sweep: Path) -> str:
         single_seed=all(len(entry["seeds"]) == 1 for entry in facts["ranking"]),
         effects=main,
         pairs=effects.pairs(columns, values) if len(finished) > 1 else [],
+        lacking=len(done) - len(finished),
         drawings=[d for d in (_ranking(facts), *_curves(sweep, facts)) if d is not None],
         parallel=_parallel(facts, finished),
         effect_drawings=[d for d in (_effect(effect, objective) for effect in main) if d is not None],
         reported={t["id"] for t in facts["trials"] if (sweep / t["id"] / "report.html").is_file()},
-        costs=_costs(facts, finished),
+        costs=_costs(facts, done),
         failures=[
             {**t, "reason": shown(t["reason"]), "log": shown("\n".join(t.get("log", [])))}
             for t in facts["trials"]
@@ -132,6 +134,9 @@ def _costs(facts: dict[str, Any], finished: list[dict[str, Any]]) -> list[tuple[
     def total(name: str) -> float:
         return float(sum(t["figures"][name] for t in finished))
 
+    def whole(figures: dict[str, Any]) -> float:
+        return float(figures.get("total_seconds", figures["seconds"]))  # one name for both, in older sweeps
+
     counts = ", ".join(f"{number} {name}" for name, number in facts["counts"].items())
     peak = max((t["figures"]["peak_memory_bytes"] for t in finished), default=0)
     sittings = facts.get("sittings", [])  # a sweep that was never gone on with may be older than they are
@@ -142,7 +147,7 @@ def _costs(facts: dict[str, Any], finished: list[dict[str, Any]]) -> list[tuple[
         return costs
     return [
         *costs,
-        ("Finished trials' time, added up", f"{total('seconds'):.0f} s"),
+        ("Finished trials' time, added up", f"{sum(whole(t['figures']) for t in finished):.0f} s"),
         ("Tokens they trained on", f"{total('tokens'):,.0f}"),
         ("Highest memory of one trial", f"{peak / 2**30:.2f} GiB"),
     ]

@@ -2,11 +2,13 @@
 
 The sweep's process writes a token into ``.heartbeat`` and touches the file while it lives. An agent
 whose sweep has fallen silent, or whose token is no longer the one there, stops its trial with a
-checkpoint: nobody waits for it any more, and the next sweep wants its directory.
+checkpoint: nobody waits for it any more, and the next sweep wants its directory. It does the same
+shortly before its job's time is up; the sweep then submits another job, which goes on from there.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -15,11 +17,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_lora import checkpoints
 from dpo_lora.rundir import RunDir
 
 SILENCE = 60.0  # seconds without a heartbeat after which a sweep counts as dead
 _TICK = 0.2
 _GRACE = 30.0  # seconds for a checkpoint when the sweep is gone
+OUT_OF_TIME = 75  # exit code: the job's time was up, and its trial came further (EX_TEMPFAIL of sysexits.h)
 _MODULES = {"trial": "dpo_lora.sweeps.worker", "shared": "dpo_lora.sweeps.shared"}
 
 
@@ -34,13 +38,22 @@ class Order:
     heartbeat: str
     token: str
     threads: int
+    seconds: float | None = None  # after which the cluster ends the job
+
+
+def spare(seconds: float) -> float:
+    """Seconds of a job's time that are left for the step at hand and its checkpoint."""
+    return min(max(60.0, seconds / 10), 240.0, seconds / 2)
 
 
 def run(order: Order) -> int:
-    """Carry out ``order``; the exit code, minus the signal's number for a killed process."""
+    """Carry out ``order``; the exit code, minus the signal's number for a killed process, or `OUT_OF_TIME`."""
+    left = math.inf if order.seconds is None else order.seconds - spare(order.seconds)
+    deadline = time.monotonic() + left
     watch = _Heartbeat(Path(order.heartbeat), order.token)
     if order.kind == "trial":
         _wait_for_predecessor(Path(order.path))
+    before = _step(order)
     control = Path(order.control)
     threads = str(order.threads)
     with open(order.log, "ab") as log:  # noqa: PTH123
@@ -53,7 +66,8 @@ def run(order: Order) -> int:
             start_new_session=True,
         )
     (control / "begun").touch()
-    told = None
+    kill_at = math.inf
+    is_late = False
     try:
         while child.poll() is None:
             time.sleep(_TICK)
@@ -61,14 +75,23 @@ def run(order: Order) -> int:
                 number = int((control / "signal").read_text())
                 (control / "signal").unlink()
                 _signal(child, number)
-            elif told is None and watch.is_lost():
-                told = time.monotonic()
-                _signal(child, signal.SIGTERM)
-            if told is not None and time.monotonic() - told > _GRACE:
+            elif kill_at == math.inf:
+                is_late = time.monotonic() > deadline
+                if is_late or watch.is_lost():
+                    _signal(child, signal.SIGTERM)
+                    kill_at = time.monotonic() + (spare(order.seconds or 0.0) / 2 if is_late else _GRACE)
+            if time.monotonic() > kill_at:
                 _signal(child, signal.SIGKILL)
     finally:
         _signal(child, signal.SIGKILL)  # what the trial left behind; all of it, where this agent is stopped
-    return child.wait()
+    code = child.wait()
+    return OUT_OF_TIME if is_late and code != 0 and _step(order) > before else code
+
+
+def _step(order: Order) -> int:
+    """How far the trial has come: the step of its newest checkpoint."""
+    found = checkpoints.find_whole(RunDir(Path(order.path)).checkpoints) if order.kind == "trial" else None
+    return 0 if found is None else checkpoints.step_of(found)
 
 
 def _signal(child: subprocess.Popen[bytes], number: int) -> None:

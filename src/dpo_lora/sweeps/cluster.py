@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from dpo_lora.sweeps.agent import Order
+from dpo_lora.sweeps.agent import OUT_OF_TIME, Order
 from dpo_lora.sweeps.directory import SweepDir
 from dpo_lora.sweeps.processes import Job
 
@@ -20,15 +20,21 @@ _TICK = 0.2
 
 
 class ClusterProcesses(ABC):
-    """Hands orders to agents and hears from them; the sweep's directory lies on a file system all nodes see."""
+    """Hands orders to agents and hears from them; the sweep's directory lies on a file system all nodes see.
 
-    def __init__(self, sweep: SweepDir, jobs: int, threads: int):
-        self.jobs, self.threads = jobs, threads
+    Args:
+        seconds: that the cluster gives a job; None: as long as it takes.
+    """
+
+    def __init__(self, sweep: SweepDir, jobs: int, threads: int, seconds: float | None = None):
+        self.jobs, self.threads, self.seconds = jobs, threads, seconds
         self._folder = sweep.path / ".cluster"
         self._heartbeat = sweep.path / ".heartbeat"
         self._token = uuid.uuid4().hex
         self._beaten = 0.0
         self._handles: dict[str, Any] = {}
+        self._orders: dict[str, Order] = {}
+        self._told: set[str] = set()  # jobs that were sent a signal
         self._folder.mkdir(exist_ok=True)
         self._heartbeat.write_text(self._token, encoding="utf-8")
 
@@ -54,10 +60,18 @@ class ClusterProcesses(ABC):
         control = self._control(job.id)
         shutil.rmtree(control, ignore_errors=True)
         control.mkdir(parents=True)
-        order = Order(
-            job.kind, str(job.path), str(job.log), str(control), str(self._heartbeat), self._token, self.threads
+        self._orders[job.id] = Order(
+            kind=job.kind,
+            path=str(job.path),
+            log=str(job.log),
+            control=str(control),
+            heartbeat=str(self._heartbeat),
+            token=self._token,
+            threads=self.threads,
+            seconds=self.seconds if job.kind == "trial" else None,  # shared work has no checkpoints to go on from
         )
-        self._handles[job.id] = self._submit(order)
+        self._told.discard(job.id)
+        self._handles[job.id] = self._submit(self._orders[job.id])
 
     def keep(self, path: Path) -> None:
         return  # every job is a process of its own, from its first import on
@@ -72,6 +86,11 @@ class ClusterProcesses(ABC):
                 os.utime(self._heartbeat)
                 self._beaten = time.monotonic()
             ended = [(job, code) for job, handle in self._handles.items() if (code := self._code(handle)) is not None]
+            again = [job for job, code in ended if code == OUT_OF_TIME and job not in self._told]
+            for job in again:
+                (self._control(job) / "begun").unlink(missing_ok=True)  # it waits for a machine again
+                self._handles[job] = self._submit(self._orders[job])
+            ended = [(job, code) for job, code in ended if job not in again]
             for job, _ in ended:
                 del self._handles[job]
             if ended or time.monotonic() >= deadline:
@@ -81,6 +100,7 @@ class ClusterProcesses(ABC):
     def signal(self, job: str, number: int) -> None:
         if job not in self._handles:
             return
+        self._told.add(job)
         if not self.has_begun(job):
             self._cancel(self._handles[job])
         else:

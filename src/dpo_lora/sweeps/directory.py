@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ class SweepDir:
         self._lock.release()
 
     def abandon(self) -> None:
-        """Let go of a sweep whose trials cannot be: as it was before, or, if it was not, without a trace."""
+        """Let go of a sweep none of whose trials has begun: as it was before, or, if it was not, without a trace."""
         if self._before:
             self.write(self._before)
             self.release()
@@ -119,8 +121,9 @@ class SweepDir:
         self.release()
         for name in (self.summary_file.name, "multirun.yaml", ".lock"):
             (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what else lies in a folder that was named is not ours
-            self.path.rmdir()
+        for folder in (self.path / ".cluster", self.path / ".slurm", self.path):  # for jobs that never were
+            with contextlib.suppress(OSError):  # what else lies in a folder that was named is not ours
+                folder.rmdir()
 
     def is_live(self) -> bool:
         """Whether a process is running this sweep now."""
@@ -129,7 +132,29 @@ class SweepDir:
             probe.acquire()
         except Timeout:
             return True
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return self._is_held()
         probe.release()
+        return False
+
+    def _is_held(self) -> bool:
+        """:meth:`is_live` for a reader of somebody else's sweep, who may not open its lock as those who take it do."""
+        import fcntl  # which Windows lacks, as it does such a refusal
+
+        try:
+            handle = os.open(self._lock.lock_file, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        except OSError:  # not even that: by its own last word
+            return self.summary().get("status") == RUNNING
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the second on some network file systems
+            return True
+        finally:
+            os.close(handle)
         return False
 
     def summary(self) -> dict[str, Any]:

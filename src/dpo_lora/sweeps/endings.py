@@ -14,6 +14,7 @@ _LINE = 300  # characters; a crash dump lists all loaded libraries in one line
 
 # Why the sweep itself told a trial to stop.
 TIMEOUT, STOPPED, PRUNE = "timeout", "stopped", "prune"
+TOLD = "dpo-lora: "  # how a worker begins what the user got wrong
 _PAST = "ran past sweep.trial_timeout="
 
 
@@ -41,8 +42,9 @@ def outcome(trial: Trial, code: int, seconds: float, told: str | None, limit: fl
         status, why = INTERRUPTED, f"stopped by {reason} from outside"
     else:
         status, why = FAILED, _why(code, reason if said == FAILED else None, log)
-    if said is not None and (said, reason) != (status, why):
-        # Its own last word is out of date: a killed process leaves "running" behind.
+    # Its own last word is out of date: a killed process leaves "running" behind. Where another process holds
+    # the run by now, the word is that one's.
+    if said is not None and (said, reason) != (status, why) and not run.is_live():
         run.write_manifest(ended(status, reason=why))
     return Outcome(status, why, code, seconds, log)
 
@@ -65,6 +67,8 @@ def _why(code: int, reason: str | None, log: list[str]) -> str:
         return reason
     if code == 1 and log:
         return log[-1].strip()
+    if code == 2 and (told := [line for line in log if line.startswith(TOLD)]):  # refused before it was a run
+        return told[-1].removeprefix(TOLD)
     return f"left with exit code {code} before it had finished"
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from dpo_lora.schema import Device, SweepSettings
+from dpo_lora.choices import Device
+from dpo_lora.schema import SweepSettings
 
 # A trial on a CPU keeps the base model, gradients and the imported libraries: a slot without this much
 # memory free would end in the kernel killing trials.

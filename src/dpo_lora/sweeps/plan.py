@@ -1,12 +1,13 @@
 """What a sweep would do, said before anything starts: trials, what they share, time, memory, and whether it can tell.
 
-Time and memory of one trial come from finished runs of the same base model in the outputs folder;
-without one, the plan says so and guesses nothing.
+Time and memory of one trial come from finished runs of the same base model in the outputs folder, and
+the number of its pairs from one that read the same data; without them, the plan says so and guesses nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, median
@@ -14,11 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
+from dpo_lora.choices import Device, Retry
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, RunDir
-from dpo_lora.schema import Retry
-from dpo_lora.sweeps import shared, table
-from dpo_lora.sweeps.placement import Slot
-from dpo_lora.sweeps.trial import PRUNED, Trial
+from dpo_lora.sweeps import placement, shared, table
+from dpo_lora.sweeps.sweep import Sweep
+from dpo_lora.sweeps.trial import PRUNED, Trial, distinct, read_all
 
 # Power of the comparison whose size the plan names: the usual 0.8.
 _POWER = 0.8
@@ -28,15 +29,36 @@ _POWER = 0.8
 class Cost:
     """One trial's, scaled from ``runs`` earlier ones."""
 
-    seconds: float
+    seconds: float | None  # None where the number of its pairs is not known
+    seconds_per_pair: float  # of training
     memory_bytes: float
     runs: int
 
 
-def show(
-    trials: list[Trial], expected: int, begun: list[Trial], slots: list[Slot], outputs: Path, sweep: Path | None
+def show(sweep: Sweep, jobs: Sequence[Sequence[str]], settings: int | None = None) -> None:
+    """Print to stdout what ``sweep`` would do.
+
+    Args:
+        jobs: overrides of its settings.
+        settings: how many there are in all, where ``jobs`` only stands for them; None: ``jobs`` are all.
+    """
+    trials = distinct([sweep.compose(overrides) for overrides in jobs])
+    expected = len(trials) if settings is None else settings * sweep.settings.repeats
+    begun = trials if settings is None else read_all(sweep.directory.path)
+    room = placement.slots(sweep.settings, Device(sweep.config.train.device), expected)
+    known = sweep.directory.path if sweep.directory.summary_file.exists() else None
+    _print(trials, expected, begun, room, Path(sweep.config.outputs), known)
+
+
+def _print(
+    trials: list[Trial],
+    expected: int,
+    begun: list[Trial],
+    slots: list[placement.Slot],
+    outputs: Path,
+    sweep: Path | None,
 ) -> None:
-    """Print the plan to stdout.
+    """The plan, line by line.
 
     Args:
         trials: those that are known now; a study knows only its first.
@@ -60,19 +82,27 @@ def show(
     keys = {shared.key(t.settings): t for t in trials}
     each = "" if len(keys) < 2 else f", for each of {len(keys)} combinations of model and data"
     say(f"Shared, done once: base model, pairs and reference log-probabilities{each}")
-    cost = _cost(trials[0], outputs) if trials else None
-    if cost is None:
-        say("Time and memory: unknown; no finished run here has this base model. One trial alone will tell.")
-    else:
-        say(
-            f"One trial: about {table.duration(cost.seconds)}, {cost.memory_bytes / 2**30:.1f} GiB "
-            f"(from {_many(cost.runs, 'finished run')} of this base model)"
-        )
-        rounds, memory = -(-left // len(slots)), len(slots) * cost.memory_bytes / 2**30
-        if left:
-            say(f"What is to run: about {table.duration(rounds * cost.seconds)}, {memory:.1f} GiB")
+    for line in _costs(_cost(trials[0], outputs) if trials else None, left, len(slots)):
+        say(line)
     for line in _resolution(trials, expected, outputs):
         say(line)
+
+
+def _costs(cost: Cost | None, left: int, places: int) -> list[str]:
+    """What one trial takes, and all of those that are ``left``, ``places`` at a time."""
+    if cost is None:
+        return ["Time and memory: unknown; no finished run here has this base model. One trial alone will tell."]
+    memory, source = cost.memory_bytes / 2**30, f"from {_many(cost.runs, 'finished run')} of this base model"
+    if cost.seconds is None:
+        return [
+            f"One trial: about {table.duration(1000 * cost.seconds_per_pair)} for every 1,000 training pairs, "
+            f"{memory:.1f} GiB ({source}). How many pairs this data has is unknown until a run has read it."
+        ]
+    lines = [f"One trial: about {table.duration(cost.seconds)}, {memory:.1f} GiB ({source})"]
+    if left:
+        total = table.duration(-(-left // places) * cost.seconds)
+        lines.append(f"What is to run: about {total}, {places * memory:.1f} GiB")
+    return lines
 
 
 def _shape(trials: list[Trial], expected: int) -> str:
@@ -97,26 +127,41 @@ def _many(number: int, what: str) -> str:
 
 def _cost(trial: Trial, outputs: Path) -> Cost | None:
     """Median of finished runs of the same base, scaled by training steps times pairs."""
-    seconds, memory = [], []
-    wanted = trial.settings["model"]
-    for manifest, settings in _finished(outputs):
+    rests, rates, memory = [], [], []
+    wanted, known = trial.settings["model"], _finished(outputs)
+    for manifest, settings in known:
         if settings["model"] != wanted or settings["data"]["max_length"] != trial.settings["data"]["max_length"]:
             continue
-        pairs = manifest["training"]["pairs"]
-        asked = _pairs(trial.settings, manifest["data"]["train"]["pairs"])
         timings = manifest["timings"]
-        rest = timings["total_seconds"] - timings["training_seconds"]
-        seconds.append(rest + timings["training_seconds"] * asked / max(1, pairs))
+        rests.append(timings["total_seconds"] - timings["training_seconds"])
+        rates.append(timings["training_seconds"] / max(1, manifest["training"]["pairs"]))
         memory.append(manifest["training"]["peak_memory_bytes"])
-    return Cost(median(seconds), median(memory), len(seconds)) if seconds else None
+    if not rates:
+        return None
+    pairs = _pairs(trial.settings, known)
+    seconds = None if pairs is None else median(r + rate * pairs for r, rate in zip(rests, rates, strict=True))
+    return Cost(seconds, median(rates), median(memory), len(rates))
 
 
-def _pairs(settings: dict[str, Any], available: int) -> float:
-    train = settings["train"]
+def _pairs(settings: dict[str, Any], known: list[tuple[dict[str, Any], dict[str, Any]]]) -> float | None:
+    """Pairs that a run trains on, counted as often as it does; None where that depends on data nobody has read yet."""
+    train, kept = settings["train"], settings["data"]["max_pairs"]
     if train["max_steps"] is not None:
         return float(train["max_steps"] * train["pairs_per_step"])
-    kept = settings["data"]["max_pairs"]
-    return float(train["epochs"] * (available if kept is None else min(available, kept)))
+    for manifest, earlier in known:
+        if _source(earlier["data"]) != _source(settings["data"]):
+            continue
+        found, cap = manifest["data"]["train"]["pairs"], earlier["data"]["max_pairs"]
+        if kept is not None and kept <= found:
+            return float(train["epochs"] * kept)
+        if cap is None or found < cap:  # it has seen them all
+            return float(train["epochs"] * found)
+    return None
+
+
+def _source(data: dict[str, Any]) -> dict[str, Any]:
+    """What decides which pairs there are, before some are kept."""
+    return {name: value for name, value in data.items() if name not in ("name", "max_pairs", "max_heldout")}
 
 
 def _finished(outputs: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:

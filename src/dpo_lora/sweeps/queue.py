@@ -12,8 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from dpo_lora.choices import Retry
 from dpo_lora.rundir import FAILED, FINISHED
-from dpo_lora.schema import Retry, SweepSettings
+from dpo_lora.schema import SweepSettings
 from dpo_lora.sweeps import endings, shared
 from dpo_lora.sweeps.directory import SweepDir
 from dpo_lora.sweeps.processes import Job, Processes
@@ -34,7 +35,7 @@ class Source(Protocol):
     def ended(self, trial: Trial, outcome: Outcome) -> None: ...
 
     def looked(self, running: list[Trial]) -> list[Trial]:
-        """Called each tick; the running trials that are to be stopped as hopeless."""
+        """Called each tick; the running trials that have been told that they are hopeless, and stop by themselves."""
 
 
 class Listed:
@@ -62,8 +63,8 @@ class Listed:
 class Watcher(Protocol):
     """Whoever shows a sweep's progress."""
 
-    def changed(self, running: list[Trial]) -> None:
-        """A trial began or ended."""
+    def changed(self, trial: Trial, running: list[Trial]) -> None:
+        """``trial`` began, or has ended, or has nothing left to do."""
 
     def tick(self, running: list[Trial]) -> None: ...
 
@@ -173,6 +174,7 @@ class Queue:
             kept = self._kept(trial)
             if kept is not None:
                 source.ended(trial, kept)
+                self.watcher.changed(trial, self._trials())
             elif trial.id not in self._running:
                 self._start(trial)
 
@@ -189,7 +191,7 @@ class Queue:
         self._tried.add(trial.id)
         self._running[trial.id] = _Running(trial)
         self.processes.start(Job(trial.id, trial.path, trial.output_file))
-        self.watcher.changed(self._trials())
+        self.watcher.changed(trial, self._trials())
 
     def _step(self, source: Source) -> None:
         ended = self.processes.poll(_TICK)
@@ -199,9 +201,10 @@ class Queue:
             outcome = endings.outcome(entry.trial, code, seconds, entry.told, self.settings.trial_timeout)
             entry.trial.end(outcome)
             source.ended(entry.trial, outcome)
-            self.watcher.changed(self._trials())
+            self.watcher.changed(entry.trial, self._trials())
         for trial in source.looked(self._trials()):
-            self._tell(self._running[trial.id], endings.PRUNE)
+            # The answer is all that it needs: a second word, by a signal, would cut its last step off.
+            self._note(self._running[trial.id], endings.PRUNE)
         for entry in self._running.values():
             self._mind(entry)
         self.watcher.tick(self._trials())
@@ -222,9 +225,15 @@ class Queue:
             self.processes.signal(entry.trial.id, signal.SIGKILL)
 
     def _tell(self, entry: _Running, why: str) -> None:
-        if entry.told is None:
-            entry.told, entry.told_at = why, time.monotonic()
+        if self._note(entry, why):
             self.processes.signal(entry.trial.id, signal.SIGTERM)
+
+    def _note(self, entry: _Running, why: str) -> bool:
+        """From now on the trial has ``sweep.grace`` to end; False where it has been told before."""
+        if entry.told is not None:
+            return False
+        entry.told, entry.told_at = why, time.monotonic()
+        return True
 
     def _trials(self) -> list[Trial]:
         return [entry.trial for entry in self._running.values()]

@@ -53,7 +53,8 @@ class Score:
 
     trial: Trial
     figures: dict[str, float]
-    interval: Interval | None  # of the objective over held-out pairs, at the run's confidence
+    interval: Interval | None  # of the objective over held-out pairs
+    confidence: float  # of the interval, as the run chose it
     wins: dict[tuple[str, str], float] = field(default_factory=dict)  # (prompt, pair) -> 1, 0.5 or 0
 
 
@@ -78,11 +79,13 @@ def score(trial: Trial, objective: str) -> Score | None:
     figures = objectives.read(trial.run)
     if objective not in figures:
         return None
-    after = json.loads(trial.run.eval_file.read_text(encoding="utf-8"))["after"]
+    evaluation = json.loads(trial.run.eval_file.read_text(encoding="utf-8"))
+    after = evaluation["after"]
     bounds = after.get(f"{objective}_interval")
     known = bounds and all(b is not None and math.isfinite(b) for b in bounds)
     interval = (bounds[0], bounds[1]) if known else None
-    return Score(trial, figures, interval, _wins(trial, after["step"]) if objective == "accuracy" else {})
+    wins = _wins(trial, after["step"]) if objective == "accuracy" else {}
+    return Score(trial, figures, interval, evaluation["confidence"], wins)
 
 
 def rank(scores: list[Score], objective: str, confidence: float) -> list[Ranked]:
@@ -144,7 +147,7 @@ def _compare(
     best_by_seed = {one.trial.seed: one for one in best_group}
     matched = [(best_by_seed[one.trial.seed], one) for one in group if one.trial.seed in best_by_seed]
     per_seed = [sign * (a.figures[objective] - b.figures[objective]) for a, b in matched]
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = _z(confidence)
     common = set.intersection(*(set(a.wins) & set(b.wins) for a, b in matched)) if matched else set()
     parts: list[float] = []
     chance = 0.0  # the sign test's p-value: where few pairs differ, the interval is too sure of itself
@@ -157,10 +160,9 @@ def _compare(
         best_value = fmean(one.figures[objective] for one in best_group)
         other.behind = fmean(per_seed) if per_seed else sign * (best_value - other.value)
         # Not paired: the runs' own intervals, brought from their confidence to this one.
-        usual = NormalDist().inv_cdf(0.975)
         for side in (best_group, group):
-            halves = [(one.interval[1] - one.interval[0]) / 2 for one in side if one.interval]
-            parts += [fmean(halves) * z / usual] if halves else []
+            errors = [(one.interval[1] - one.interval[0]) / 2 / _z(one.confidence) for one in side if one.interval]
+            parts += [z * fmean(errors)] if errors else []
     parts += noise.half_width([len(best_group), len(group)], confidence)
     if parts:
         half = math.hypot(*parts)
@@ -168,6 +170,11 @@ def _compare(
         other.distinguishable = other.behind_interval[0] > 0 and chance < 1 - confidence
     else:
         other.distinguishable = other.behind > 0
+
+
+def _z(confidence: float) -> float:
+    """Standard errors on each side of a normal estimate."""
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def _margin(group: list[Score]) -> float:

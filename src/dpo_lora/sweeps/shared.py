@@ -105,7 +105,7 @@ def keep(path: Path) -> None:
     process down may not do so here. Nor is a model's own code run here.
     """
     from dpo_lora import device, lifecycle, model
-    from dpo_lora.schema import Quantization
+    from dpo_lora.choices import Quantization
 
     lifecycle.quiet_libraries()  # a progress bar would break into the sweep's live table
     settings, _ = _read(path)

@@ -15,6 +15,8 @@ from dpo_lora.sweeps.agent import Order
 from dpo_lora.sweeps.cluster import ClusterProcesses
 from dpo_lora.sweeps.directory import SweepDir
 
+_LAST_CALL = 20  # seconds before the end at which submitit ends a job itself; by then an agent has stopped its trial
+
 
 @dataclass(frozen=True)
 class SlurmSettings:
@@ -26,7 +28,7 @@ class SlurmSettings:
     gpus: int  # a trial
     cpus: int  # a trial
     memory_gb: int
-    minutes: int  # after which SLURM ends the job; the sweep resumes it from its checkpoint
+    minutes: int  # after which SLURM ends the job; its trial goes on from its checkpoint in another
     parameters: dict[str, Any]  # further sbatch options
 
 
@@ -39,15 +41,19 @@ class SlurmProcesses(ClusterProcesses):
                 "hydra/launcher=slurm, but there is no sbatch here. Start the sweep on a login node, or try it on this "
                 "machine with hydra.launcher.cluster=local."
             )
-        super().__init__(sweep, settings.jobs, settings.cpus)
+        super().__init__(sweep, settings.jobs, settings.cpus, settings.minutes * 60.0)
         self._executor = submitit.AutoExecutor(folder=sweep.path / ".slurm" / "%j", cluster=settings.cluster)
-        common: dict[str, Any] = {"timeout_min": settings.minutes, "name": "dpo-lora"}
+        common: dict[str, Any] = {
+            "timeout_min": settings.minutes,
+            "name": "dpo-lora",
+        }
         if settings.cluster == "slurm":
             common |= {
                 "cpus_per_task": settings.cpus,
                 "gpus_per_node": settings.gpus,
                 "mem_gb": settings.memory_gb,
                 "slurm_partition": settings.partition,
+                "slurm_signal_delay_s": _LAST_CALL,
                 "slurm_additional_parameters": dict(settings.parameters),
             }
         self._executor.update_parameters(**{k: v for k, v in common.items() if v is not None})

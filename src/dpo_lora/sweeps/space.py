@@ -51,6 +51,18 @@ def _range(value: RangeSweep) -> BaseDistribution:
     return CategoricalDistribution([str(v) for v in value.range()])
 
 
+def words(dist: BaseDistribution) -> str:
+    """A distribution as it could have been typed."""
+    if isinstance(dist, CategoricalDistribution):
+        return ",".join(str(choice) for choice in dist.choices)
+    assert isinstance(dist, IntDistribution | FloatDistribution)
+    if isinstance(dist, IntDistribution) and dist.step > 1:
+        return f"range({dist.low},{dist.high + 1},{dist.step})"
+    interval = f"interval({dist.low},{dist.high})"
+    whole = f"int({interval})" if isinstance(dist, IntDistribution) else interval
+    return f"tag(log,{whole})" if dist.log else whole
+
+
 def typed(name: str, value: Any) -> str:
     """A sampled value as an override."""
     return f"{name}={value!r}" if isinstance(value, float) else f"{name}={value}"

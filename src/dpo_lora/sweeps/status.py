@@ -37,6 +37,35 @@ def show(sweep: SweepDir) -> None:
         console.print(retry_advice(again, facts["trials"]), highlight=False, soft_wrap=True)
 
 
+def show_end(sweep: Path, facts: dict[str, Any], unfinished: list[dict[str, Any]], *, stopped: bool) -> None:
+    """Print the ranking, what did not finish and how to go on, to stderr.
+
+    Args:
+        facts: the sweep's summary.
+        unfinished: its trials that came to no end.
+        stopped: a signal ended the sweep, so that any trial may be unfinished.
+    """
+    console = table.terminal()
+    if facts["ranking"]:
+        console.print()
+        console.print(table.ranking_table(facts))
+    failed = [line for line in facts["trials"] if line["status"] == FAILED]
+    for line in [*failed, *([] if stopped else unfinished)]:
+        became = "failed" if line["status"] == FAILED else "not finished"
+        console.print(f"\n{became}: {line['id']}  {table.label(line)}", highlight=False, soft_wrap=True)
+        console.print(f"  {line['reason'] or line['status']}", highlight=False, markup=False, soft_wrap=True)
+        for said in line.get("log", [])[-3:]:
+            console.print(f"  | {said}", highlight=False, markup=False, soft_wrap=True)
+    again = f"dpo-lora resume {sweep}"
+    if stopped:
+        counts = ", ".join(f"{number} {name}" for name, number in facts["counts"].items())
+        console.print(f"\nStopped: {counts}. Go on: {again}", highlight=False, soft_wrap=True)
+    elif unfinished:
+        console.print(f"\n{len(unfinished)} not finished. Go on: {again}", highlight=False, soft_wrap=True)
+    if failed:
+        console.print(f"\n{retry_advice(again, failed)}", highlight=False, soft_wrap=True)
+
+
 def retry_advice(again: str, trials: list[dict[str, Any]]) -> str:
     """How the failed trials are run again; where all of them ran out of time, that they need more of it."""
     failed = [trial for trial in trials if trial["status"] == FAILED]

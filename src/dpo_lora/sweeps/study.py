@@ -1,29 +1,27 @@
 """A sweep whose next settings follow from the results so far: Optuna's samplers and pruners over our trials.
 
 The study lives in ``study.journal`` in the sweep's directory. Each trial is drawn with a generator
-seeded by the study's seed and the trial's number, and judged while it waits: so a study that runs one
-trial at a time comes out the same however often it is killed and resumed.
+seeded by the study's seed and the trial's number, and waits at each evaluation for the pruner: so a
+study that runs one trial at a time comes out the same however often it is killed and resumed.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
-from hydra.core.override_parser.types import Override
-from optuna.storages.journal import JournalFileBackend, JournalStorage
-from optuna.study import StudyDirection
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from dpo_lora import objectives
+from dpo_lora.choices import Retry
 from dpo_lora.errors import UserError
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED
-from dpo_lora.schema import Retry
-from dpo_lora.sweeps import judge, search, space
-from dpo_lora.sweeps.sweep import Sweep, objective
-from dpo_lora.sweeps.trial import PRUNED, Outcome, Trial, read_all
+from dpo_lora.sweeps import pruning, search, space
+from dpo_lora.sweeps.sweep import Sweep
+from dpo_lora.sweeps.trial import PRUNED, Outcome, Trial, objective, read_all
 
 # Kept beside an Optuna trial: why it does not count, why it failed, where it came from, which one it replaces.
 _VOID, _REASON, _FROM, _INSTEAD_OF = "void", "reason", "from", "instead of"
@@ -32,24 +30,15 @@ _VOID, _REASON, _FROM, _INSTEAD_OF = "void", "reason", "from", "instead of"
 class Study:
     """The source of a sweep's trials."""
 
-    def __init__(self, sweep: Sweep, settings: search.StudySettings, fixed: list[str], swept: list[Override]):
-        self.sweep, self.settings, self.fixed = sweep, settings, fixed
+    def __init__(
+        self, sweep: Sweep, settings: search.StudySettings, fixed: list[str], known: dict[str, BaseDistribution]
+    ):
+        self.sweep, self.settings, self.fixed, self.space = sweep, settings, fixed, known
         self.names = sweep.settings.objectives
-        self.space = {o.get_key_element(): space.distribution(o) for o in swept}
-        search.check(self.space, settings, sweep)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        lock: Any = _KernelLock(sweep.directory.path / ".study.lock")  # its base class is not public
-        backend = JournalFileBackend(str(sweep.directory.path / "study.journal"), lock_obj=lock)
-        self.study = optuna.create_study(
-            study_name="study",
-            storage=JournalStorage(backend),
-            directions=[StudyDirection[objectives.DIRECTIONS[name].upper()] for name in self.names],
-            pruner=search.pruner(settings),
-            load_if_exists=True,
-        )
+        self.study = search.open_study(sweep.directory.path, settings, self.names, known)
         self._settings_of: dict[int, list[Trial]] = {}  # Optuna's number -> the trials of that setting
         self._waiting: list[Trial] = []
-        self.total = settings.trials
+        self.total = search.total(known, settings)
         if settings.sampler == "grid":
             self._lay_out(search.combinations(self.space))
         self._import(settings.warm_start)
@@ -80,12 +69,12 @@ class Study:
                 self._tell(number, trials, outcome)
 
     def looked(self, running: list[Trial]) -> list[Trial]:
-        """Answer what running trials ask; those to stop."""
+        """Answer what running trials ask; those that were told to stop."""
         hopeless = []
         for trial in running:
-            for question in judge.questions(trial):
+            for question in pruning.questions(trial):
                 stop = self._is_hopeless(trial, question)
-                judge.answer(trial, question, stop=stop)
+                pruning.answer(trial, question, stop=stop)
                 if stop:
                     hopeless.append(trial)
         return hopeless
@@ -163,15 +152,17 @@ class Study:
         for trial in trials:
             trial.write()
             if self.settings.pruner != "none":
-                judge.open_for(trial)
-            if trial.status(live=False) == INTERRUPTED and judge.was_stopped(trial):
+                pruning.open_for(trial)
+            if trial.status(live=False) == INTERRUPTED and pruning.was_stopped(trial):
                 trial.end(Outcome(PRUNED, "stopped early: it lay behind the others at this step"))
         self._waiting += trials
 
     # -- results
 
-    def _is_hopeless(self, trial: Trial, question: judge.Question) -> bool:
-        value = question.figures[self.names[0]]
+    def _is_hopeless(self, trial: Trial, question: pruning.Question) -> bool:
+        value = question.figures.get(self.names[0])
+        if value is None or not math.isfinite(value):
+            return False  # nothing to judge by: the trial goes on, and its end tells
         numbers = [n for n, trials in self._settings_of.items() if trial.id == trials[0].id]
         view = optuna.trial.Trial(self.study, self.study.get_trials(deepcopy=False)[numbers[0]]._trial_id)
         view.report(value, question.step)
@@ -185,9 +176,9 @@ class Study:
             self._set(number, _REASON, outcome.reason or "")
             self.study.tell(number, state=TrialState.FAIL)
         elif all(state == FINISHED for state in states):
-            values = objective(trials, self.names)
-            if values is None:  # not finite: it may never win
-                self._set(number, _REASON, "an objective is not a finite number")
+            values, lacking = objectives.mean([t.run for t in trials], self.names)
+            if lacking:  # it may never win
+                self._set(number, _REASON, f"{' and '.join(lacking)}: not a finite number, or there is none")
                 self.study.tell(number, state=TrialState.FAIL)
             else:
                 self.study.tell(number, values)
@@ -204,7 +195,6 @@ class Study:
 
     def _lay_out(self, combinations: list[dict[str, Any]]) -> None:
         """Queue every combination, in order, once for good."""
-        self.total = min(self.total, len(combinations))
         known = [t.system_attrs.get("fixed_params", t.params) for t in self.study.get_trials(deepcopy=False)]
         for params in combinations:
             if params not in known:
@@ -214,10 +204,7 @@ class Study:
         """Finished trials of earlier sweeps, as far as their values lie in the space, once each."""
         known = {t.user_attrs.get(_FROM) for t in self.study.get_trials(deepcopy=False)}
         for folder in folders:
-            found = read_all(Path(folder))
-            if not found:
-                raise UserError(f"warm_start={folder} holds no trials: name a sweep's directory.")
-            for trial in found:
+            for trial in read_all(Path(folder)):
                 source = str(trial.path.resolve())
                 params = search.params_of(trial, self.space)
                 values = objective([trial], self.names)
@@ -228,17 +215,3 @@ class Study:
                         params=params, distributions=self.space, values=values, user_attrs={_FROM: source}
                     )
                 )
-
-
-class _KernelLock:
-    """Optuna's own lock files outlive a killed process by 30 s; the kernel lets go of this one at once."""
-
-    def __init__(self, file: Path):
-        self._lock = FileLock(file)
-
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self._lock.release()

@@ -9,16 +9,13 @@ import json
 import os
 from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_lora.files import read_jsonl, write_atomic
 from dpo_lora.rundir import FAILED, FINISHED, RUNNING
 from dpo_lora.sweeps import endings
 from dpo_lora.sweeps.directory import SweepDir
 from dpo_lora.sweeps.trial import Trial, read_all
-
-if TYPE_CHECKING:
-    from dpo_lora.sweeps import ranking
 
 # Columns of trials.csv between the varied settings and the figures.
 _FIGURES = (
@@ -34,12 +31,13 @@ def build(sweep: SweepDir, objectives: list[str], confidence: float, *, live: bo
         objectives: the first one ranks.
         live: whether the sweep's process is running.
     """
+    from dpo_lora.sweeps import ranking  # and numpy, for which no trial need wait
+
     trials = read_all(sweep.path)
     rows = [row(trial, live=live) for trial in trials]
     by_status = Counter(r["status"] for r in rows)
-    scores = [s for t, r in zip(trials, rows, strict=True) if r["status"] == FINISHED and (s := _score(t, objectives))]
-    from dpo_lora.sweeps import ranking  # and numpy, for which no trial need wait
-
+    finished = [trial for trial, r in zip(trials, rows, strict=True) if r["status"] == FINISHED]
+    scores = [score for trial in finished if (score := ranking.score(trial, objectives[0]))]
     ranked = ranking.rank(scores, objectives[0], confidence)
     return {
         "objectives": objectives,
@@ -50,12 +48,6 @@ def build(sweep: SweepDir, objectives: list[str], confidence: float, *, live: bo
         "ranking": [asdict(r) for r in ranked],
         "trials": rows,
     }
-
-
-def _score(trial: Trial, objectives: list[str]) -> ranking.Score | None:
-    from dpo_lora.sweeps import ranking
-
-    return ranking.score(trial, objectives[0])
 
 
 def varies(trials: list[Trial]) -> list[str]:
@@ -84,14 +76,15 @@ def row(trial: Trial, *, live: bool) -> dict[str, Any]:
 
 
 def figures(trial: Trial) -> dict[str, Any]:
-    """Scores and costs of a finished trial."""
+    """Scores and costs of a finished trial; None where a figure does not exist."""
     run = trial.run
     after = json.loads(run.eval_file.read_text(encoding="utf-8"))["after"]
     manifest = run.manifest()
     low, high = after["accuracy_interval"]
     known = {**after, **manifest["training"], "accuracy_low": low, "accuracy_high": high}
-    known["seconds"] = manifest["timings"]["total_seconds"]
-    return {name: known[name] for name in _FIGURES if name in known}
+    timings = manifest["timings"]
+    known["seconds"] = timings["training_seconds"]  # as the objective of this name
+    return {**{name: known[name] for name in _FIGURES if name in known}, "total_seconds": timings["total_seconds"]}
 
 
 def progress(trial: Trial) -> dict[str, Any]:

@@ -16,19 +16,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lora import rules
+from dpo_lora import composition, rules
+from dpo_lora.choices import Device
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import command
 from dpo_lora.rundir import FAILED, FINISHED, INTERRUPTED, now
-from dpo_lora.schema import Device, SweepSettings, TrackingSettings
+from dpo_lora.schema import RunSettings, SweepSettings, TrackingSettings
 from dpo_lora.settings import from_hydra
-from dpo_lora.sweeps import summary, table
+from dpo_lora.sweeps import status, summary, table
 from dpo_lora.sweeps.directory import Identity, SweepDir, same
 from dpo_lora.sweeps.placement import Slot, slots
 from dpo_lora.sweeps.processes import Processes
 from dpo_lora.sweeps.queue import Listed, Queue, Source
-from dpo_lora.sweeps.status import retry_advice
-from dpo_lora.sweeps.trial import Trial, read_all
+from dpo_lora.sweeps.trial import PRUNED, Trial, distinct
 from dpo_lora.tracking import sweep_run
 from dpo_lora.typos import explain
 
@@ -46,8 +46,12 @@ class Sweep:
     varied: list[str]
     config: DictConfig
     loader: ConfigLoader
+    only_plan: bool = False  # the directory is not held and may not exist
     extra: dict[str, Any] = field(default_factory=dict)  # a sweeper's own part of the summary
+    begun: bool = False  # trials have been given to run
+    asked: set[str] = field(default_factory=set)  # trials that were composed: an earlier call's may lie there, too
     stopped: int | None = None  # exit code of the signal that stopped the sweep
+    _parents: dict[str | None, str | None] = field(default_factory=dict)  # as typed -> as pinned
 
     @classmethod
     def open(cls, config: DictConfig, loader: ConfigLoader, *, only_plan: bool = False) -> Sweep:
@@ -58,7 +62,8 @@ class Sweep:
             only_plan: write nothing and hold nothing; the directory may not exist.
 
         Raises:
-            UserError: it is running already, or sweeps over something that is the same for all trials.
+            UserError: it is running already, sweeps over something that is the same for all trials, or goes on from
+                a run that may be another one tomorrow.
         """
         settings = OmegaConf.to_object(config.sweep)
         assert isinstance(settings, SweepSettings)
@@ -69,10 +74,11 @@ class Sweep:
         given = [o for o in config.hydra.overrides.hydra if str(o).startswith("hydra.sweep.dir=")]
         kind = str(config.hydra.sweeper._target_).rpartition(".")[2]
         outputs, target = Path(config.outputs), Path(config.hydra.sweep.dir) if given else None
+        composition.pinned(config.parent, outputs, in_sweep=True)
         identity = Identity({str(k): v for k, v in base.items()}, varied, kind)
         if only_plan:
             known = target or same(outputs, identity.digest())
-            return cls(SweepDir(known or outputs / "new"), settings, varied, config, loader)
+            return cls(SweepDir(known or outputs / "new"), settings, varied, config, loader, only_plan)
         facts = {
             "command": command(),
             "objectives": settings.objectives,
@@ -81,6 +87,22 @@ class Sweep:
         directory = SweepDir.claim(outputs, f"dpo-{_name(config)}-lora-sweep", identity, target, facts)
         config.hydra.sweep.dir = str(directory.path)
         return cls(directory, settings, varied, config, loader)
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Let go of the directory where the user's mistake ends the sweep.
+
+        One that no trial has begun in is left as it was: nothing says that it runs, or can be gone on with.
+        """
+        try:
+            yield
+        except (UserError, HydraException, OmegaConfBaseException):
+            if self.begun:
+                self.summarise()
+                self.directory.release()
+            elif not self.only_plan:
+                self.directory.abandon()
+            raise
 
     def compose(self, overrides: Sequence[str]) -> list[Trial]:
         """One setting's trials, one a seed.
@@ -93,14 +115,14 @@ class Sweep:
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
-            settings = from_hydra(cfg)
+            settings = self._pinned(from_hydra(cfg))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from error
         if settings.run_dir is not None:
             raise UserError(f"run_dir={settings.run_dir} is one directory, and a sweep's trials need one each.")
         values = dict(o.split("=", 1) for o in overrides if "=" in o)
         varied = {name: values[name] for name in self.varied if name in values}
-        return [
+        trials = [
             Trial.of(
                 replace(settings, seed=settings.seed + repeat),
                 self.directory.path,
@@ -109,19 +131,30 @@ class Sweep:
             )
             for repeat in range(self.settings.repeats)
         ]
+        self.asked |= {trial.id for trial in trials}
+        return trials
 
-    def run_all(self, jobs: Sequence[Sequence[str]], start: StartProcesses) -> list[list[Trial]]:
-        """Run the trials of a list of settings; the trials, by setting."""
-        with self.processes(start, len(jobs) * self.settings.repeats) as processes:
-            try:
-                groups = [self.compose(overrides) for overrides in jobs]
-            except UserError:
-                self.directory.abandon()
-                raise
-            trials = list({trial.id: trial for group in groups for trial in group}.values())
+    def _pinned(self, settings: RunSettings) -> RunSettings:
+        """With the parent that every attempt at the trial has, from whichever folder it is made."""
+        name = settings.parent
+        if name not in self._parents:
+            self._parents[name] = composition.pinned(name, Path(settings.outputs), in_sweep=True)
+        return replace(settings, parent=self._parents[name])
+
+    def run_all(self, batches: Sequence[Sequence[Sequence[str]]], start: StartProcesses) -> list[list[Trial]]:
+        """Run the trials of lists of settings, one list after the other; the trials, by setting.
+
+        All are composed before any starts: a value that cannot be is told at once, not after hours.
+        """
+        with self.processes(start, max(map(len, batches)) * self.settings.repeats) as processes:
+            composed = [[self.compose(overrides) for overrides in batch] for batch in batches]
+            groups = [group for batch in composed for group in batch]
+            trials = distinct(groups)
             for trial in trials:
                 trial.write()
-            self.run(Listed(trials), trials, len(trials), processes)
+            for batch in composed:
+                if self.stopped is None:
+                    self.run(Listed(distinct(batch)), trials, len(trials), processes)
         return groups
 
     @contextlib.contextmanager
@@ -141,9 +174,11 @@ class Sweep:
             known: trials to prepare shared work for before any starts.
             expected: trials in all, for the estimate of what is left.
         """
+        self.begun = True
+        OmegaConf.save(self.config, self.directory.path / "multirun.yaml")
         console = table.terminal()
         places = processes.free()
-        started, begun = now(), time.monotonic()
+        started, begun, joules = now(), time.monotonic(), processes.energy()
         with table.Watch(console, self.directory, places) as watch:
             watch.expected = expected
             watch.say(f"Sweep {self.directory.path}: {expected} trials, {places} at a time")
@@ -154,74 +189,43 @@ class Sweep:
             finally:
                 sitting = {"started": started, "seconds": round(time.monotonic() - begun, 1)}
                 sittings = self.extra.setdefault("sittings", list(self.directory.summary().get("sittings", [])))
-                sittings.append({**sitting, "slots": places, "energy_joules": processes.energy()})
+                after = processes.energy()
+                energy = None if joules is None or after is None else round(after - joules, 1)
+                sittings.append({**sitting, "slots": places, "energy_joules": energy})
         if queue.stopped is not None:
             self.stopped = 128 + queue.stopped
-
-    def plan(self, jobs: Sequence[Sequence[str]], settings: int) -> None:
-        """Say what the sweep would do; ``settings`` in all, of which ``jobs`` are known."""
-        from dpo_lora.sweeps import plan
-
-        trials = list({t.id: t for overrides in jobs for t in self.compose(overrides)}.values())
-        is_listed = settings == len(jobs)
-        expected = len(trials) if is_listed else settings * self.settings.repeats
-        begun = trials if is_listed else read_all(self.directory.path)
-        room = slots(self.settings, Device(self.config.train.device), expected)
-        known = self.directory.path if self.directory.summary_file.exists() else None
-        plan.show(trials, expected, begun, room, Path(self.config.outputs), known)
 
     def summarise(self) -> dict[str, Any]:
         """Write sweep.json, trials.csv, ``best`` and the report; returns the summary."""
         confidence = float(self.config.eval.confidence)
         facts = summary.build(self.directory, self.settings.objectives, confidence, live=False)
-        counts = facts["counts"]
-        is_cut_off = self.stopped is not None or set(counts) - {FINISHED, FAILED, "pruned"}
-        status = INTERRUPTED if is_cut_off else FAILED if FAILED in counts else FINISHED
-        return summary.write(self.directory, {**facts, **self.extra, "status": status, "ended": now()})
+        is_cut_off = self.stopped is not None or self._unfinished(facts)
+        became = INTERRUPTED if is_cut_off else FAILED if FAILED in facts["counts"] else FINISHED
+        return summary.write(self.directory, {**facts, **self.extra, "status": became, "ended": now()})
+
+    def _unfinished(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
+        """Trials of this call that came to no end: stopped from outside, or never begun."""
+        ends = (FINISHED, FAILED, PRUNED)
+        return [line for line in facts["trials"] if line["id"] in self.asked and line["status"] not in ends]
 
     def close(self) -> int:
-        """Show the ranking and what failed, let go of the directory; the exit code.
+        """Show the ranking and what did not finish, let go of the directory; the exit code.
 
-        0: every trial has finished or was pruned. Else the number of failed trials, at most 100; for
+        0: every trial has finished or was pruned. Else the number of those that have not, at most 100; for
         a sweep that was stopped, 128 and the signal's number.
         """
         from dpo_lora.reports import sweep as report
 
         facts = self.summarise()
         page = report.write(self.directory.path)
-        console = table.terminal()
         tracking = OmegaConf.to_object(self.config.tracking)
         assert isinstance(tracking, TrackingSettings)
         sweep_run(tracking, self.directory.path, summary.table_rows(facts), page)
-        if facts["ranking"]:
-            console.print()
-            console.print(table.ranking_table(facts))
-        failed = [line for line in facts["trials"] if line["status"] == FAILED]
-        for line in failed:
-            console.print(f"\nfailed: {line['id']}  {table.label(line)}", highlight=False, soft_wrap=True)
-            console.print(f"  {line['reason']}", highlight=False, markup=False, soft_wrap=True)
-            for said in line["log"][-3:]:
-                console.print(f"  | {said}", highlight=False, markup=False, soft_wrap=True)
-        again = f"dpo-lora resume {self.directory.path}"
-        if self.stopped is not None:
-            counts = ", ".join(f"{number} {name}" for name, number in facts["counts"].items())
-            console.print(f"\nStopped: {counts}. Go on: {again}", highlight=False, soft_wrap=True)
-        if failed:
-            console.print(f"\n{retry_advice(again, failed)}", highlight=False, soft_wrap=True)
+        unfinished = self._unfinished(facts)
+        status.show_end(self.directory.path, facts, unfinished, stopped=self.stopped is not None)
         self.directory.release()
-        return self.stopped if self.stopped is not None else min(len(failed), MAX_FAILED_CODE)
-
-
-def objective(trials: list[Trial], names: list[str]) -> list[float] | None:
-    """The objectives of one setting, meaned over its seeds; None where a trial has none."""
-    from dpo_lora import objectives
-
-    if any(trial.status(live=False) != FINISHED for trial in trials):
-        return None
-    figures = [objectives.read(trial.run) for trial in trials]
-    if any(name not in one for one in figures for name in names):
-        return None
-    return [sum(one[name] for one in figures) / len(figures) for name in names]
+        failed = sum(line["status"] == FAILED for line in facts["trials"])
+        return self.stopped if self.stopped is not None else min(failed + len(unfinished), MAX_FAILED_CODE)
 
 
 def _varied(config: DictConfig, loader: ConfigLoader) -> list[str]:

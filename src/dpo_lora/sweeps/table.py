@@ -35,12 +35,15 @@ class Watch:
         self._over_before: set[str] = set()
         self._seen = 0, 0.0  # trials that have ended since the begin, and when that was seen
         self._told: dict[str, str] = {}
+        self._rows: dict[str, dict[str, Any]] = {}  # a trial's files are read when it changes, and while it runs
         self._live: Live | None = None
 
     def __enter__(self) -> Watch:
-        self._told = {t.id: t.status(live=False) for t in read_all(self.sweep.path)}
+        trials = read_all(self.sweep.path)
+        self._told = {t.id: t.status(live=False) for t in trials}
         self._over_before = self._over()
         if self.console.is_terminal:
+            self._rows = {t.id: summary.row(t, live=False) for t in trials}
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
         return self
@@ -52,39 +55,37 @@ class Watch:
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
 
-    def changed(self, running: list[Trial]) -> None:
-        if self._live is not None:
-            self.tick(running, now=True)
+    def changed(self, trial: Trial, running: list[Trial]) -> None:
+        status = RUNNING if trial.id in {t.id for t in running} else trial.status(live=False)
+        if self._told.get(trial.id) == status:
             return
-        live = {t.id for t in running}
-        for trial in read_all(self.sweep.path):
-            status = RUNNING if trial.id in live else trial.status(live=False)
-            if self._told.get(trial.id) != status and status != WAITING:
-                self._told[trial.id] = status
-                self.say(self._line(trial, status))
+        self._told[trial.id] = status
+        self._rows[trial.id] = row = summary.row(trial, live=status == RUNNING)
+        if self._live is None:
+            self.say(self._line(status, row))
+        else:
+            self.tick(running, now=True)
 
     def tick(self, running: list[Trial], now: bool = False) -> None:
         if self._live is None or not (now or time.monotonic() - self._drawn > _REFRESH):
             return
         self._drawn = time.monotonic()
-        rows = [summary.row(t, live=True) for t in read_all(self.sweep.path)]
+        self._rows |= {t.id: summary.row(t, live=True) for t in running}
+        rows = list(self._rows.values())
         shown = Group(trials_table(rows, self.sweep.path.name), Text(self._footer(rows), "dim"))
         self._live.update(shown, refresh=True)
 
-    def _line(self, trial: Trial, status: str) -> str:
-        line = summary.row(trial, live=status == RUNNING)
-        facts = [f"{len(self._over())}/{max(self.expected, len(self._told))}", trial.id[:8], status, label(line)]
+    def _line(self, status: str, line: dict[str, Any]) -> str:
+        facts = [f"{len(self._over())}/{max(self.expected, len(self._told))}", line["id"][:8], status, label(line)]
         if status == FINISHED:
-            facts.append(f"accuracy {line['figures']['accuracy']:.3f}  {line['figures']['seconds']:.0f} s")
-        elif status != RUNNING and (ended := trial.outcome()) and ended.reason:
-            facts.append(ended.reason)
+            facts.append(f"accuracy {line['figures']['accuracy']:.3f}  {line['figures']['total_seconds']:.0f} s")
+        elif line["reason"]:
+            facts.append(line["reason"])
         if status != RUNNING and (left := self._left()):
             facts.append(left)
         return "  ".join(facts)
 
     def _footer(self, rows: list[dict[str, Any]]) -> str:
-        for line in rows:
-            self._told[line["id"]] = line["status"]
         busy = sum(line["status"] == RUNNING for line in rows)
         done = f"{len(self._over())} of {max(self.expected, len(rows))} done"
         return f"{done}, {busy} of {self.slots} slots busy  {self._left()}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_lora import objectives
 from dpo_lora.files import write_json
 from dpo_lora.rundir import FINISHED, INTERRUPTED, RUNNING, RunDir
 from dpo_lora.schema import RunSettings
@@ -59,12 +61,19 @@ class Trial:
         return cls(**values, path=path)
 
     def write(self) -> None:
-        """Leave trial.json, from which a worker starts; a trial that has one keeps it."""
+        """Leave trial.json, from which a worker starts; a trial that has one keeps it until it begins."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "trial.json").exists():
-            values = asdict(self)
-            del values["path"]
-            write_json(self.path / "trial.json", values)
+        if not self._file.exists():
+            self._save(self.varied)
+
+    def _save(self, varied: dict[str, str]) -> None:
+        values = asdict(self)
+        del values["path"]
+        write_json(self._file, {**values, "varied": varied})
+
+    @property
+    def _file(self) -> Path:
+        return self.path / "trial.json"
 
     @property
     def run(self) -> RunDir:
@@ -80,9 +89,19 @@ class Trial:
         return self.path / "outcome.json"
 
     def begin(self) -> None:
-        """A new attempt: what is known of the last one no longer holds."""
+        """A new attempt: what is known of the last one no longer holds, nor how it was to be run.
+
+        What it computes is the same, or it would be another trial; its tracker, for one, may have changed.
+        """
         self.write()
+        first = self._file.stat()
+        self._save(Trial.read(self.path).varied)
+        os.utime(self._file, ns=(first.st_atime_ns, first.st_mtime_ns))  # by which trials are in order
         self._outcome_file.unlink(missing_ok=True)
+        run = self.run
+        # Another process that has taken the run alone tells of it; this attempt will be refused.
+        if run.manifest_file.exists() and not run.is_live() and run.manifest()["status"] != FINISHED:
+            run.write_manifest({"status": RUNNING, "reason": None})
 
     def end(self, outcome: Outcome) -> None:
         write_json(self._outcome_file, asdict(outcome))
@@ -115,6 +134,19 @@ class Trial:
 def setting_id(settings: dict[str, Any]) -> str:
     """The fingerprint of plain settings, blind to the seed: equal for repeats."""
     return fingerprint(from_plain({**settings, "seed": 0}))
+
+
+def distinct(groups: list[list[Trial]]) -> list[Trial]:
+    """The trials of several settings; two that compute the same are one."""
+    return list({trial.id: trial for group in groups for trial in group}.values())
+
+
+def objective(trials: list[Trial], names: list[str]) -> list[float] | None:
+    """The objectives of one setting, meaned over its trials; None where a trial has none."""
+    if any(trial.status(live=False) != FINISHED for trial in trials):
+        return None
+    values, _ = objectives.mean([trial.run for trial in trials], names)
+    return values or None
 
 
 def read_all(sweep: Path) -> list[Trial]:

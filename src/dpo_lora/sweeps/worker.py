@@ -11,7 +11,7 @@ from dpo_lora.errors import UserError
 from dpo_lora.provenance import record_command
 from dpo_lora.rundir import FINISHED
 from dpo_lora.settings import from_plain
-from dpo_lora.sweeps import judge
+from dpo_lora.sweeps import endings, pruning
 from dpo_lora.sweeps.trial import Trial
 
 
@@ -29,11 +29,11 @@ def run(path: Path) -> int:
     try:
         if not trial.run.manifest_file.exists():
             _clear_claim(trial)
-            train(settings, trial=path, sweep=path.parent, overrides=trial.overrides, callbacks=judge.asking(path))
+            train(settings, trial=path, sweep=path.parent, overrides=trial.overrides, callbacks=pruning.asking(path))
         elif trial.run.manifest()["status"] != FINISHED:
-            train(settings, resume=path, sweep=path.parent, callbacks=judge.asking(path))
+            train(settings, resume=path, sweep=path.parent, callbacks=pruning.asking(path))
     except UserError as error:
-        print(f"dpo-lora: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{endings.TOLD}{error}", file=sys.stderr)  # noqa: T201
         return 2
     return 0
 

@@ -40,9 +40,10 @@ class TrialLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run a batch; a setting's return value is its first objective, over its seeds."""
         from dpo_lora.errors import UserError
-        from dpo_lora.sweeps.sweep import objective
+        from dpo_lora.sweeps.trial import objective
 
-        groups = self.sweep.run_all(job_overrides, self.processes)
+        with self.sweep.refusing():
+            groups = self.sweep.run_all([job_overrides], self.processes)
         self.sweep.summarise()
         if self.sweep.stopped is not None:
             raise SystemExit(self.sweep.close())
@@ -103,8 +104,14 @@ class PlanLauncher(Launcher):
         self.sweep = Sweep.open(config, hydra_context.config_loader, only_plan=True)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        self.sweep.plan(job_overrides, len(job_overrides))
+        self.show(job_overrides)
         return []
+
+    def show(self, jobs: Sequence[Sequence[str]], settings: int | None = None) -> None:
+        """Say it of the settings ``jobs``; or of that many, which ``jobs`` is like."""
+        from dpo_lora.sweeps import plan
+
+        plan.show(self.sweep, jobs, settings)
 
 
 def _need(package: str, extra: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import MISSING, OmegaConf
+from hydra.core.override_parser.types import Override
+from omegaconf import MISSING
 
 from hydra_plugins.dpo_lora_sweeps.launchers import PlanLauncher, TrialLauncher
 
@@ -19,18 +20,21 @@ class GridSweeper(BasicSweeper):
     """
 
     def sweep(self, arguments: list[str]) -> Any:
-        assert self.config is not None and self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        if isinstance(self.launcher, PlanLauncher):
-            return self.launcher.launch(self.split_arguments(overrides, None)[0], initial_job_idx=0)
-        if not isinstance(self.launcher, TrialLauncher):
+        if not isinstance(self.launcher, TrialLauncher | PlanLauncher):
             return super().sweep(arguments)
-        OmegaConf.save(self.config, self.launcher.sweep.directory.path / "multirun.yaml")
-        first = 0
-        for batch in self.split_arguments(overrides, self.max_batch_size):
-            self.launcher.launch(batch, initial_job_idx=first)
-            first += len(batch)
+        from dpo_lora.errors import UserError
+
+        with self.launcher.sweep.refusing():
+            overrides = _parsed(self, arguments)
+            for endless in (o for o in overrides if o.is_sweep_override() and not o.is_discrete_sweep()):
+                raise UserError(
+                    f"{endless.input_line} has no end of values to try. List some, such as "
+                    f"{endless.get_key_element()}=VALUE,VALUE, or let a study choose among them: hydra/sweeper=study"
+                )
+            batches = self.split_arguments(overrides, self.max_batch_size)
+            if isinstance(self.launcher, PlanLauncher):
+                return self.launcher.launch([words for batch in batches for words in batch], initial_job_idx=0)
+            self.launcher.sweep.run_all(batches, self.launcher.processes)
         return _finish(self.launcher)
 
 
@@ -44,31 +48,38 @@ class StudySweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from dpo_lora.errors import UserError
 
-        assert self.config is not None and self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        # By name, so that a value on the command line beats the preset's.
-        given = {o.get_key_element(): o for o in parser.parse_overrides([*self._parse_config(), *arguments])}
-        fixed = [str(o.input_line) for o in given.values() if not o.is_sweep_override()]
-        swept = [o for o in given.values() if o.is_sweep_override()]
-        if isinstance(self.launcher, PlanLauncher):
-            return self.launcher.sweep.plan([fixed], int(self.settings["trials"]))
-        if not isinstance(self.launcher, TrialLauncher):
+        if not isinstance(self.launcher, TrialLauncher | PlanLauncher):
             raise UserError("A study runs on hydra/launcher=local, slurm or ray.")
-        if importlib.util.find_spec("optuna") is None:
-            raise UserError("A study needs optuna: pip install 'dpo-lora[study]'.")
-        from dpo_lora.sweeps.search import StudySettings
-        from dpo_lora.sweeps.study import Study
-
         sweep = self.launcher.sweep
-        OmegaConf.save(self.config, sweep.directory.path / "multirun.yaml")
-        study = Study(sweep, StudySettings(**self.settings), fixed, swept)
-        expected = study.settings.trials * sweep.settings.repeats
-        try:
+        with sweep.refusing():
+            if importlib.util.find_spec("optuna") is None:
+                raise UserError("A study needs optuna: pip install 'dpo-lora[study]'.")
+            from dpo_lora.sweeps import search
+            from dpo_lora.sweeps.study import Study
+
+            # By name, so that a value on the command line beats the preset's.
+            given = {o.get_key_element(): o for o in _parsed(self, arguments)}
+            fixed = [str(o.input_line) for o in given.values() if not o.is_sweep_override()]
+            settings = search.StudySettings(**self.settings)
+            known = search.searched([o for o in given.values() if o.is_sweep_override()], settings, sweep)
+            total = search.total(known, settings)
+            if isinstance(self.launcher, PlanLauncher):
+                return self.launcher.show([fixed], total)
+            expected = total * sweep.settings.repeats
             with sweep.processes(self.launcher.processes, expected) as processes:
-                sweep.run(study, study.known(), expected, processes)
-        finally:
-            sweep.extra["study"] = study.facts()
+                study = Study(sweep, settings, fixed, known)
+                try:
+                    sweep.run(study, study.known(), expected, processes)
+                finally:
+                    sweep.extra["study"] = study.facts()
         return _finish(self.launcher)
+
+
+def _parsed(sweeper: BasicSweeper, arguments: list[str]) -> list[Override]:
+    """The sweeper's own parameters, then the command line's words."""
+    assert sweeper.hydra_context is not None
+    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
+    return parser.parse_overrides([*sweeper._parse_config(), *arguments])
 
 
 def _finish(launcher: TrialLauncher) -> None:
