@@ -63,8 +63,11 @@ def test_eight_times_one_pair_equals_one_time_eight(cli: CommandLine, tiny_overr
     losses = [[row["loss"] for row in training_rows(run)] for run in runs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
-    margins = [[row["rewards/margins"] for row in training_rows(run)] for run in runs]
-    assert margins[2] == pytest.approx(margins[0], rel=1e-3, abs=1e-6)
+    metrics = ("rewards/margins", "logps/chosen", "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+    for name in metrics:
+        values = [[row[name] for row in training_rows(run)] for run in runs]
+        assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-6), name
+        assert values[2] == pytest.approx(values[0], rel=1e-3, abs=1e-6), name
 
 
 def test_the_same_settings_give_the_same_bits(cli: CommandLine, tiny_overrides: list[str]) -> None:
@@ -75,11 +78,10 @@ def _has_step(run: Path, step: int) -> bool:
     return any(int(folder.name.rpartition("-")[2]) >= step for folder in run.glob("checkpoints/checkpoint-*"))
 
 
-@pytest.mark.parametrize("after", [3, 12])
 def test_resume_after_a_kill_equals_an_uninterrupted_run(
-    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path, after: int
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    """kill -9 in the first or second epoch, then resume: the same bits, the same metrics, nothing twice."""
+    """kill -9 in the second epoch, then resume: the same bits, the same metrics, nothing twice."""
     steps = [*tiny_overrides, "train.max_steps=30", "train.save_every=3"]
     whole = cli("train", *steps).run
     killed_in = tmp_path / "killed"
@@ -87,7 +89,7 @@ def test_resume_after_a_kill_equals_an_uninterrupted_run(
         [sys.executable, "-m", "dpo_lora", "train", *steps, f"run_dir={killed_in}"], stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not _has_step(killed_in, after) and time.monotonic() < deadline:
+    while not _has_step(killed_in, 12) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.wait()
@@ -195,14 +197,11 @@ def test_a_parent_is_the_reference_and_versions_count_up(cli: CommandLine, tiny_
     assert (second / os.fspath(link)).resolve() == (first / "README.md").resolve()
 
 
-@pytest.mark.parametrize("device_words", [["train=gpu"], ["train.device=cuda"]])
-def test_cuda_is_refused_where_there_is_none(
-    cli: CommandLine, tiny_overrides: list[str], device_words: list[str]
-) -> None:
+def test_cuda_is_refused_where_there_is_none(cli: CommandLine, tiny_overrides: list[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     words = [w for w in tiny_overrides if w != "train=cpu"]
-    outcome = cli("train", *words, *device_words)
+    outcome = cli("train", *words, "train=gpu")
     assert outcome.code == 2
     assert "train.device=cuda" in outcome.err
     assert "train=cpu" in outcome.err
@@ -215,11 +214,8 @@ def _cut_off(run: Path) -> None:
     (run / "adapter_model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("save_every", [2, 0])
-def test_a_run_cut_off_after_its_last_step_takes_no_further_one(
-    cli: CommandLine, tiny_overrides: list[str], save_every: int
-) -> None:
-    run = cli("train", *tiny_overrides, "train.schedule=constant", f"train.save_every={save_every}").run
+def test_a_run_cut_off_after_its_last_step_takes_no_further_one(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    run = cli("train", *tiny_overrides, "train.schedule=constant", "train.save_every=0").run
     kept, samples = adapter(run), (run / "samples.jsonl").read_text()
     training = RunDir(run).manifest()["training"]
     _cut_off(run)
@@ -255,7 +251,7 @@ def test_a_parent_of_another_shape_is_refused_with_the_words_that_fit(
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train.reference_cache=false"], ["train.engine=stock"], ["dpo.ld_alpha=0.5"]], ids=str
+    "words", [["train.reference_cache=false"], ["train.engine=stock"], ["dpo.ld_alpha=0.5"]], ids=str
 )
 def test_ties_of_the_first_step_count_one_half(cli: CommandLine, tiny_overrides: list[str], words: list[str]) -> None:
     run = cli("train", *tiny_overrides, *words).run

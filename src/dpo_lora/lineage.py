@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from dpo_lora.errors import UserError
-from dpo_lora.lora import ALL_LINEAR
+from dpo_lora.lora import ALL_LINEAR, require_still_base
 from dpo_lora.rundir import FINISHED, find
 
 
@@ -74,6 +74,7 @@ def adapter(parent: Parent, model: torch.nn.Module, identity: dict[str, Any]) ->
             f"{identity['name']}. Train on the same base, with the same number format and quantisation."
         )
     try:
+        require_still_base(parent.location, peft.PeftConfig.from_pretrained(parent.location))
         return peft.PeftModel.from_pretrained(model, parent.location, is_trainable=True)
     except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
         raise UserError(

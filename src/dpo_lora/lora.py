@@ -86,7 +86,27 @@ def base_of(location: str) -> str | None:
 
 
 def saved(location: str) -> peft.PeftConfig:
-    """The configuration of a saved adapter, to make one of the same shape."""
+    """The configuration of a saved adapter, to make one of the same shape.
+
+    Raises:
+        UserError: it was initialised by rewriting its base, which would be rewritten again.
+    """
     found = peft.PeftConfig.from_pretrained(location)
+    require_still_base(location, found)
     found.inference_mode = False  # PEFT saves every adapter as one to infer with; TRL trains what it is given
     return found
+
+
+def require_still_base(location: str, found: peft.PeftConfig) -> None:
+    """Refuse an adapter whose initialisation rewrites the base: switched off, it would not leave the reference.
+
+    Raises:
+        UserError: saying how PEFT makes a plain adapter of it.
+    """
+    init = getattr(found, "init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(MOVE_THE_BASE):
+        raise UserError(
+            f"The adapter {location} was initialised by {init}, which rewrites the base weights, so the model with the "
+            "adapter switched off would not be the reference. Convert it first: PEFT's save_pretrained(FOLDER, "
+            "path_initial_model_for_weight_conversion=...) writes it as a plain LoRA adapter."
+        )

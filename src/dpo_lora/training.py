@@ -88,6 +88,7 @@ class Training:
     def _train(self, trainer: PairTrainer, checkpoint: Path | None) -> None:
         if checkpoint is not None:
             trainer.progress.restore(checkpoint)
+            trainer.memory.restore(checkpoint)
             step = checkpoints.step_of(checkpoint)
             if step >= trainer.args.max_steps:  # cut off after the last step: transformers would take one more
                 trainer.load_adapter(str(checkpoint))
@@ -159,12 +160,12 @@ class Training:
         if not record.has(trainer.state.global_step):
             trainer.evaluate()
         kept = self._take_best(trainer, record)
+        self.base.tokenizer.save_pretrained(self.run.path)
+        trainer.save_adapter(self.run.path)
         begun = time.monotonic()
         sampler.take(trainer, kept)
         self.timings["samples_seconds"] = round(time.monotonic() - begun, 3)
         self.timings["evaluation_seconds"] = round(trainer.evaluation_seconds + self.timings["samples_seconds"], 3)
-        self.base.tokenizer.save_pretrained(self.run.path)
-        trainer.save_adapter(self.run.path)
         seconds = self.timings["training_seconds"]
         self.run.write_manifest(
             {
@@ -175,7 +176,7 @@ class Training:
                     "tokens_per_second": round(trainer.progress.tokens / max(seconds, 1e-9), 1),
                     "trainable_weights": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
                     "peak_memory_bytes": self.machine.peak_memory(),
-                    "relief": trainer.relief.taken,
+                    "relief": trainer.memory.relief.taken,
                 },
                 "timings": self.timings,
             }

@@ -53,7 +53,12 @@ def test_layers_are_computed_again_where_nothing_else_helps(
     words += [*FAST, "train.pairs_per_step=4", f"train.engine={engine}"]
     again: list[bool] = []
     forward = layer._forward
-    monkeypatch.setattr(layer, "_forward", lambda *a, **k: again.append(k.get("again", False)) or forward(*a, **k))
+
+    def noted(*args, for_backward=False):
+        again.append(for_backward)
+        return forward(*args, for_backward=for_backward)
+
+    monkeypatch.setattr(layer, "_forward", noted)
     run = cli("train", *words).run
     first = [pairs for pairs, on in narrow if not on]
     assert (first[0], first[-1]) == (4, 1), "cut finer, for that costs less here, then computed again"
@@ -67,6 +72,30 @@ def test_layers_are_computed_again_where_nothing_else_helps(
     other = cli("train", *words, "train.micro_batch=1", "train.gradient_checkpointing=true").run
     assert RunDir(other).manifest()["training"]["relief"] == []
     assert all(torch.equal(weight, bits(other)[name]) for name, weight in bits(run).items())
+
+
+def test_a_resumed_run_knows_what_fitted(
+    cli: CommandLine, tiny_overrides: list[str], narrow: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [w for w in tiny_overrides if not w.startswith("train.micro_batch")]
+    words += [*FAST, "train.pairs_per_step=4", "train.save_every=1"]
+    whole = cli("train", *words).run
+
+    training_step = PairTrainer.training_step
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as there:
+        there.setattr(PairTrainer, "training_step", stopped)
+        assert cli("train", *words, "run_dir=" + str(whole.parent / "cut")).code == 130
+    narrow.clear()
+    resumed = cli("resume", str(whole.parent / "cut")).run
+    assert set(narrow) == {(1, True)}, "not a step was tried that could not fit"
+    assert RunDir(resumed).manifest()["training"]["relief"] == ["gradient_checkpointing"]
+    assert all(torch.equal(weight, bits(resumed)[name]) for name, weight in bits(whole).items())
 
 
 def test_a_step_that_must_stay_whole_is_relieved(
@@ -130,7 +159,7 @@ def test_the_host_keeps_what_layers_read_again(
         return relief
 
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Counted)
-    monkeypatch.setattr("dpo_lora.dpo.trainer.Relief", on_gpu)
+    monkeypatch.setattr("dpo_lora.dpo.memory.Relief", on_gpu)
     offloaded = cli("train", *words).run
     assert kept
     assert all(torch.equal(weight, bits(offloaded)[name]) for name, weight in bits(plain).items())
@@ -152,8 +181,9 @@ def test_an_evaluation_that_does_not_fit_scores_fewer_at_a_time(
 
     monkeypatch.setattr(PairTrainer, "_logps", cramped)
     cut = cli("train", *words).run
-    assert tried[:3] == [7, 4, 2], "the seven held out, then halves of eval.batch"
-    assert "2 pairs at a time" in (cut / "train.log").read_text()
+    assert tried[:3] == [7, 3, 1], "the seven held out, then half of what did not fit"
+    assert set(tried[3:]) == {1}, "what fits is found out once"
+    assert "a batch of 1 from here on" in (cut / "train.log").read_text()
     before, after = (read_jsonl(run / "eval_pairs.jsonl") for run in (plain, cut))
     for one, other in zip(before, after, strict=True):
         assert other["margin"] == pytest.approx(one["margin"], abs=1e-5)

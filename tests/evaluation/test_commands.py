@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_lora.checkpoints import at_step
+from dpo_lora.evaluation import samples
 from dpo_lora.evaluation.samples import repetition
 from dpo_lora.files import read_jsonl
 from dpo_lora.reports import terminal
@@ -36,6 +37,41 @@ def test_a_child_is_scored_against_its_parent(cli: CommandLine, tiny_overrides: 
     assert cli("score", str(child), "--out", str(tmp_path / "again")).code == 0
     again, before = evaluation(tmp_path / "again")["after"], evaluation(child)["after"]
     assert again["margin"] == pytest.approx(before["margin"], abs=1e-6)
+
+
+def test_other_pairs_are_read_as_the_runs_own(
+    cli: CommandLine, tiny_overrides: list[str], pairs_file: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    texts = tmp_path / "texts.jsonl"
+    asked = [
+        {"asked": r["prompt"][-1]["content"], **{s: r[s][-1]["content"] for s in ("chosen", "rejected")}} for r in rows
+    ]
+    texts.write_text("".join(json.dumps({"id": n, **row}) + "\n" for n, row in enumerate(asked)))
+    words = [w for w in tiny_overrides if not w.startswith("data.path")]
+    words += [f"data.path={texts}", "data.columns={prompt: asked}", "data.plain_text=keep", "data.max_length=40"]
+    run = cli("train", *words, LEARNS).run
+    assert cli("score", str(run), "--data", str(texts), "--out", str(tmp_path / "all")).code == 0
+    again = {row["id"]: row for row in read_jsonl(tmp_path / "all" / "eval_pairs.jsonl")}
+    assert len(again) == len(rows)
+    for row in read_jsonl(run / "eval_pairs.jsonl"):
+        if row["step"] == 4:
+            assert again[row["id"]]["tokens_chosen"] == row["tokens_chosen"]
+            assert again[row["id"]]["margin"] == pytest.approx(row["margin"], abs=1e-6)
+
+
+def test_an_adapter_that_rewrote_its_base_is_refused(
+    cli: CommandLine, tiny_overrides: list[str], tiny_model: Path, pairs_file: Path
+) -> None:
+    run = cli("train", *tiny_overrides, LEARNS).run
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa_niter_4"}))
+    for done in (
+        cli("score", str(run), "--data", str(pairs_file), "--reference", str(tiny_model)),
+        cli("train", *tiny_overrides, f"parent={run}"),
+    ):
+        assert done.code == 2
+        assert "initialised by pissa_niter_4" in done.err
 
 
 def test_an_adapter_folder_is_scored_on_any_file(
@@ -136,6 +172,61 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(cli: CommandLine, 
     assert cli("score", str(run), "--out", str(again)).code == 0
     assert evaluation(again)["after"]["loss"] == pytest.approx(losses[best], abs=1e-6), "the saved adapter is the best"
     assert {row["step"] for row in read_jsonl(run / "samples.jsonl")} == {best}
+
+
+def test_held_out_rows_leave_the_averages_of_training_alone(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    words = (*tiny_overrides, LEARNS, "train.max_steps=6", "eval.samples=0", "eval.report=false")
+    each = cli("train", *words, "train.log_every=1").run
+    third = cli("train", *words, "train.log_every=3", "eval.every=2").run
+    steps = [row for row in read_jsonl(each / "metrics.jsonl") if "loss" in row]
+    logged = [row for row in read_jsonl(third / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in logged] == [3, 6]
+    for row in logged:
+        of = [s for s in steps if row["step"] - 3 < s["step"] <= row["step"]]
+        for name in ("loss", "rewards/margins", "logps/chosen"):
+            assert row[name] == pytest.approx(sum(s[name] for s in of) / 3, rel=1e-4), name
+    evaluations = [row for row in read_jsonl(third / "metrics.jsonl") if "eval/loss" in row]
+    assert len(evaluations) == 4
+    assert not any("rewards/margins" in row for row in evaluations)
+
+
+def test_answers_of_a_step_are_taken_once(cli: CommandLine, tiny_overrides: list[str]) -> None:
+    run = cli(
+        "train", *tiny_overrides, "train.learning_rate=1", "train.schedule=constant", "train.max_steps=6",
+        "train.max_grad_norm=1000", "eval.every=2", "train.keep_best=eval/loss", "eval.sample_each=true",
+        "eval.samples=2", "eval.sample_tokens=4",
+    ).run  # fmt: skip
+    best = evaluation(run)["best"]["step"]
+    assert best < 6, "the last evaluation is not the best here"
+    rows = [(row["step"], row["id"], row["decoding"]) for row in read_jsonl(run / "samples.jsonl")]
+    assert len(rows) == len(set(rows)) == 3 * 4
+    assert evaluation(run)["samples"]["step"] == best
+
+
+def test_answers_that_do_not_fit_are_asked_for_fewer_at_a_time(
+    cli: CommandLine, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    words = (*tiny_overrides, LEARNS, "eval.samples=3", "eval.sample_tokens=4", "eval.report=false")
+    whole = list(read_jsonl(cli("train", *words).run / "samples.jsonl"))
+    continuations, fit = samples.continuations, [2]
+
+    def cramped(model, *, prompts, **rest):
+        if len(prompts) > 2 * fit[0]:  # greedy and sampled
+            raise torch.OutOfMemoryError("there is no more")
+        return continuations(model, prompts=prompts, **rest)
+
+    monkeypatch.setattr(samples, "continuations", cramped)
+    cut = list(read_jsonl(cli("train", *words).run / "samples.jsonl"))
+    greedy = [[(row["id"], row["policy"]) for row in rows if row["decoding"] == "greedy"] for rows in (whole, cut)]
+    assert greedy[0] == greedy[1]
+    assert [row["decoding"] for row in cut] == ["greedy"] * 3 + ["sampled"] * 3
+    fit[0] = 0
+    done = cli("train", *words)
+    assert (done.run / "adapter_model.safetensors").is_file()
+    assert not (done.run / "samples.jsonl").exists()
+    assert "Not even one sampled answer fits" in (done.run / "train.log").read_text()
 
 
 def test_samples_are_seeded_and_side_by_side(cli: CommandLine, tiny_overrides: list[str]) -> None:

@@ -7,13 +7,16 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dpo_lora.evaluation import comparison
 from dpo_lora.evaluation.figures import figures
+from dpo_lora.evaluation.scores import PairScores
 from dpo_lora.files import read_jsonl
 from harness import CommandLine, make_pair
 
@@ -138,3 +141,15 @@ def test_stock_libraries_recompute_the_log_probabilities(cli: CommandLine, tiny_
 def logp(logits: torch.Tensor, ids: torch.Tensor, start: int) -> float:
     each = torch.log_softmax(logits.double(), dim=-1)[0, start - 1 : -1]
     return float(each.gather(1, ids[0, start:, None]).sum())
+
+
+def test_a_pair_that_is_held_out_twice_is_compared_once() -> None:
+    def scores(numbers: list[int]) -> PairScores:
+        rows = [{"id": str(n), "prompt_ids": [n], "chosen_ids": [1], "rejected_ids": [2]} for n in numbers]
+        return PairScores.of(rows, np.asarray([[n, 0.0, 0.0, 0.0] for n in numbers], dtype=np.float64))
+
+    run: Any = SimpleNamespace(manifest=dict)
+    a, b = scores([1, 2, 2, 3]), scores([2, 3, 3, 4, 5])
+    a_at, b_at = comparison._common(run, run, a, b)
+    found = comparison.compare_pairs(a, b, a_at, b_at, 0.95)
+    assert (found["pairs"], found["only_first"], found["only_second"]) == (2, 1, 2)

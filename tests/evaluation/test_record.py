@@ -35,3 +35,30 @@ def test_a_run_killed_after_its_last_evaluation_keeps_all_of_it(
     second.add_samples({"answers": 1})
     after = json.loads(run.eval_file.read_text())
     assert after == {**before, "samples": {"answers": 1}}
+
+
+def test_the_best_evaluation_comes_back_where_a_later_one_is_undone(
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """Killed after the best evaluation so far, before its checkpoint: the best is again one that was kept."""
+    done = cli("train", *tiny_overrides, "train.keep_best=eval/margin", "eval.every=2", "--cfg", "job", "--resolve")
+    settings = from_plain(yaml.safe_load(done.out))
+    (tmp_path / "run").mkdir()
+    run = RunDir(tmp_path / "run")
+    rows = [{"id": str(n), "prompt_ids": [n], "chosen_ids": [1, 2], "rejected_ids": [3]} for n in range(6)]
+
+    def scored(margin: float) -> PairScores:
+        return PairScores.of(rows, np.tile([margin, 0.0, 0.0, 0.0], (6, 1)))
+
+    first = Record(run, settings)
+    first.add(2, scored(2.0))
+    best = first._best
+    first.add(4, scored(1.0))
+    first.add(6, scored(3.0))
+
+    second = Record(run, settings)
+    second.restore(4)
+    assert second._best == best
+    second.add(6, scored(0.5))
+    second.keep_best()
+    assert json.loads(run.eval_file.read_text())["after"] == best

@@ -10,16 +10,17 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from dpo_lora.choices import Engine
 from dpo_lora.dpo.rows import PairTokens, ReferenceRows, lengths
 from dpo_lora.engine.batching import TokenBudget, why_inseparable
 from dpo_lora.engine.eligibility import Verdict, judge
 from dpo_lora.engine.forward import PackedForward
 from dpo_lora.engine.proofs import Proofs
 from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens, scope_of, sequence_log_probs
-from dpo_lora.engine.reference_pass import fingerprint_adapter, reference_pass
+from dpo_lora.engine.reference_pass import fingerprint_adapter, fingerprint_config, reference_pass
 from dpo_lora.errors import UserError
 from dpo_lora.resources import proofs_folder, reference_folder
-from dpo_lora.schema import Engine, RunSettings
+from dpo_lora.schema import RunSettings
 
 if TYPE_CHECKING:
     from dpo_lora.dpo.trainer import PairTrainer
@@ -72,7 +73,7 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
         verdict: Verdict = judge(trainer.model, trainer.batch(rows), longest, proofs, **kernel)
     if not verdict.eligible:
         if train.engine is Engine.packed:
-            raise UserError(f"train.engine=packed cannot be: {verdict.reason}. Use train.engine=auto or stock.")
+            raise UserError(f"train.engine=packed is not possible: {verdict.reason}. Use train.engine=auto or stock.")
         log.warning("TRL's own forward pass is used: %s.", verdict.reason)
         return EngineChoice(None, verdict.reason, verdict.difference)
     statistics: tuple[str, ...] = ("entropy", "mean_logits", "is_top1")
@@ -98,16 +99,16 @@ def _beginning(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_budget(run: RunSettings, on_cpu: bool) -> TokenBudget:
-    """What ``train.tokens_per_batch`` allows; found by trying for auto, halved at most on out-of-memory otherwise."""
+    """The budget that ``train.tokens_per_batch`` asks for: auto grows while steps fit, a number is the upper limit."""
     start, ceiling = CPU_TOKENS if on_cpu else GPU_TOKENS
     if run.train.tokens_per_batch != "auto":
         start = ceiling = int(run.train.tokens_per_batch)
     return TokenBudget(start, ceiling, floor=1)
 
 
-def warn_inseparable(run: RunSettings) -> None:
+def warn_inseparable(run: RunSettings, router_aux_loss: bool) -> None:
     """Say that memory settings move the result, for the losses where they do."""
-    reason = why_inseparable(run.dpo.loss_type)
+    reason = why_inseparable(run.dpo.loss_type, router_aux_loss)
     if reason is not None and run.train.micro_batch is not None:
         log.warning("%s: train.micro_batch=%d changes the result.", reason, run.train.micro_batch)
 
@@ -147,6 +148,7 @@ def attach_reference(
     adapter = fingerprint_adapter(trainer.model)
     scope = scope_of(
         base=weights,
+        config=fingerprint_config(trainer.model),
         adapter=adapter,
         dtype=str(trainer.model.dtype),
         autocast=bool(trainer.args.bf16),

@@ -67,6 +67,13 @@ class Relief:
         log.warning("A step did not fit in memory. From here on %s, which takes longer.", measure.told)
         return True
 
+    def take_again(self, names: list[str]) -> None:
+        """Take these measures, as the run did before it was cut off."""
+        for measure in [m for m in self._left if m.name in names]:
+            self._left.remove(measure)
+            measure.take()
+            self.taken.append(measure.name)
+
     def _writes_out(self) -> bool:
         packed = self.trainer.engine.packed
         return packed is not None and packed.writes_out()

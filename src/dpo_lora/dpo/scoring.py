@@ -37,6 +37,7 @@ class ExactScoring(WholeCheckpoints):
     _reference: dict[str, tuple[float, ...]]  # reference log-probabilities, by pair_hash
     _is_untrained: bool  # no step was taken, and policy and reference are one
     _start_is_open: bool  # that they are one is for the first step to check
+    _eval_batch: int | None = None  # pairs scored at a time; less than eval.batch once that did not fit
 
     def batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The collated rows on the device; with their plan where they are packed."""
@@ -54,20 +55,30 @@ class ExactScoring(WholeCheckpoints):
         # Longest first: the first batch already needs the most memory.
         tokens = lengths(rows).sum(axis=1)
         order = sorted(range(len(rows)), key=lambda i: -tokens[i])
-        size = self.run.eval.batch
-        while order:
-            try:
-                found += self._scored(rows, order[:size], untrained)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or size == 1:
-                    raise
-                size //= 2
-                log.warning("eval.batch does not fit in memory: %d pairs at a time are scored.", size)
-            else:
-                order = order[size:]
-        self.model.train(was_training)
+        try:
+            while order:
+                found += (now := self._as_many_as_fit(rows, order, untrained))
+                order = order[len(now) :]
+        finally:
+            self.model.train(was_training)
         values = np.asarray([v for _, v in sorted(found)], dtype=np.float64).reshape(-1, 4)
         return PairScores.of(rows, values)
+
+    def _as_many_as_fit(
+        self, rows: Dataset | ReferenceRows, order: list[int], untrained: bool
+    ) -> list[tuple[int, tuple[float, ...]]]:
+        """The first of ``order``, scored: eval.batch of them, or as many as have fitted in memory so far."""
+        if self._eval_batch is None:
+            self._eval_batch = self.run.eval.batch
+        while True:
+            try:
+                return self._scored(rows, order[: self._eval_batch], untrained)
+            except Exception as error:
+                if not is_out_of_memory(error) or self._eval_batch == 1:
+                    raise
+            self._eval_batch = min(self._eval_batch, len(order)) // 2 or 1
+            told = "eval.batch does not fit in memory: pairs are scored in a batch of %d from here on."
+            log.warning(told, self._eval_batch)
 
     def _scored(
         self, rows: Dataset | ReferenceRows, indices: list[int], untrained: bool

@@ -22,18 +22,13 @@ from transformers import PrinterCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_lora.callbacks import NotFiniteError
-from dpo_lora.dpo.engines import (
-    ReferenceUse,
-    attach_reference,
-    choose_engine,
-    token_budget,
-    warn_inseparable,
-)
+from dpo_lora.dpo import step_metrics
+from dpo_lora.dpo.engines import ReferenceUse, attach_reference, choose_engine, warn_inseparable
+from dpo_lora.dpo.memory import StepMemory
 from dpo_lora.dpo.progress import Progress
-from dpo_lora.dpo.relief import Relief
 from dpo_lora.dpo.rows import REFERENCE, ReferenceRows, SeededOrder, rows_read
 from dpo_lora.dpo.scoring import ExactScoring
-from dpo_lora.engine.batching import MicroBatch, common_opening, pair_tokens, separable
+from dpo_lora.engine.batching import MicroBatch, common_opening, padded_tokens, pair_tokens, separable
 from dpo_lora.engine.packing import PairCollator
 from dpo_lora.evaluation.record import Record
 from dpo_lora.evaluation.sampler import Sampler
@@ -86,13 +81,12 @@ class PairTrainer(ExactScoring):
             data_collator=lambda rows: {"rows": rows},
             **kwargs,
         )
-        self.budget = token_budget(run, self.args.device.type == "cpu")
         self.engine = choose_engine(self)
         if self.engine.packed is not None and self.ref_model is None:  # another model knows no plan
             self.collate = PairCollator(self.collate, keep_last=self.aux_loss_enabled)
-        self.relief = Relief(self)
+        self.memory = StepMemory(self)
         self.reference_use: ReferenceUse | None = None
-        warn_inseparable(run)
+        warn_inseparable(run, self.aux_loss_enabled)
         self.remove_callback(PrinterCallback)  # prints every log row; ProgressLine speaks for us
 
     def prepare_reference(self, rows: NDArray[np.int64] | None = None) -> None:
@@ -133,6 +127,7 @@ class PairTrainer(ExactScoring):
 
     def _beside_checkpoint(self, folder: Path) -> None:
         self.progress.save(folder)
+        self.memory.save(folder)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one optimizer step's pairs, as many in memory at a time as fit.
@@ -159,7 +154,7 @@ class PairTrainer(ExactScoring):
                     self._require_finite(loss)
                     self.accelerator.backward(loss * share)
                     total += loss.detach() * share
-            self._merge_metrics([len(part) for part in parts])
+            step_metrics.merge(self._metrics["train"], [[rows[i] for i in part] for part in parts])
             return total
 
         def forget() -> None:
@@ -167,11 +162,12 @@ class PairTrainer(ExactScoring):
             for name, values in self._metrics["train"].items():
                 del values[noted.get(name, 0) :]
 
-        sizes = [pair_tokens(row) for row in rows]
-        opening = 0 if self.engine.packed is None else common_opening([row["prompt_ids"] for row in rows])
+        packed = self.engine.packed is not None
+        sizes = [pair_tokens(row) if packed else padded_tokens(row) for row in rows]
+        opening = common_opening([row["prompt_ids"] for row in rows]) if packed else 0
         # A loss that looks across pairs sees them all at once, unless micro_batch says otherwise.
         whole = not separable(self.loss_types, self.aux_loss_enabled)
-        total = self.budget.run(sizes, forward_backward, forget, opening, whole, self.relief, self.relief.advice)
+        total = self.memory.run(sizes, forward_backward, forget, opening, whole)
         self._start_is_open = False
         self.progress.pairs += len(rows)
         self.progress.tokens += sum(len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
@@ -223,19 +219,17 @@ class PairTrainer(ExactScoring):
                 "the last checkpoint is good. Lower train.learning_rate, or look for broken pairs."
             )
 
-    def _merge_metrics(self, sizes: list[int]) -> None:
-        """TRL notes each figure once a micro-batch; keep one a step, weighted by pairs."""
-        for values in self._metrics["train"].values():
-            if len(sizes) > 1 and len(values) >= len(sizes):
-                values[-len(sizes) :] = [float(np.average(values[-len(sizes) :], weights=sizes))]
-
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers' estimate counts padding; throughput is logged in tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A row of training takes TRL's averages since the one before it; a row of held-out figures leaves them."""
+        self._metrics["train"].pop("num_tokens", None)  # TRL's counts prompts twice; ours is "tokens"
         if "loss" in logs:
             logs.update(self.progress.figures())
-        self._metrics["train"].pop("num_tokens", None)  # TRL's counts prompts twice; ours is "tokens"
+        elif "train_runtime" not in logs:
+            super(trl.DPOTrainer, self).log(logs)
+            return
         super().log(logs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

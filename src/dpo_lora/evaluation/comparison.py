@@ -37,7 +37,7 @@ def compare(first: RunDir, second: RunDir, confidence: float) -> dict[str, Any]:
     if not len(a_at):
         raise UserError(
             f"{first.path.name} and {second.path.name} share no held-out pair, so they cannot be compared pair by "
-            "pair. Score both on the same pairs: dpo-lora score RUN --data FILE."
+            "pair. Train both with the same data.heldout_path."
         )
     return compare_pairs(a, b, a_at, b_at, confidence)
 
@@ -52,8 +52,8 @@ def compare_pairs(a: PairScores, b: PairScores, a_at: Any, b_at: Any, confidence
     topics = np.asarray(["" if a.topics is None else a.topics[i] for i in a_at])
     return {
         "pairs": len(a_at),
-        "only_first": len(a) - len(a_at),
-        "only_second": len(b) - len(b_at),
+        "only_first": len(set(a.pairs)) - len(a_at),
+        "only_second": len(set(b.pairs)) - len(b_at),
         "accuracy_first": float(np.mean(a.wins[a_at])),
         "accuracy_second": float(np.mean(b.wins[b_at])),
         **paired(wins, clusters, confidence),
@@ -79,7 +79,8 @@ def _common(first: RunDir, second: RunDir, a: PairScores, b: PairScores) -> tupl
     by_id = texts[0] is not None and texts[0] == texts[1] and len(set(a.ids)) == len(a.ids)
     left, right = (a.ids, b.ids) if by_id else (a.pairs, b.pairs)
     place = {key: i for i, key in enumerate(right)}
-    common = [(i, place[key]) for i, key in enumerate(left) if key in place]
+    met = {key: i for i, key in enumerate(left)}  # a pair that a set has twice counts once
+    common = [(i, place[key]) for key, i in met.items() if key in place]
     both = np.asarray(common, dtype=np.int64).reshape(-1, 2)
     return both[:, 0], both[:, 1]
 

@@ -9,7 +9,7 @@ from dpo_lora.evaluation import figures as room
 from dpo_lora.evaluation.metrics import HIGHER_IS_BETTER
 from dpo_lora.evaluation.scores import PairScores
 from dpo_lora.evaluation.statistics import DRAWS, SEED
-from dpo_lora.files import append_jsonl, write_json
+from dpo_lora.files import append_jsonl, read_jsonl, write_json
 from dpo_lora.rundir import RunDir, trim_jsonl
 from dpo_lora.schema import RunSettings
 
@@ -40,9 +40,13 @@ class Record:
             self._before, self._after, self._best = saved["before"], saved["after"], saved["best"]
             # A run killed after its last evaluation is not evaluated again.
             self._file = {name: saved[name] for name in ("baselines", "samples") if name in saved}
-            if self._best is not None and self._best["step"] > last_step:
-                self._best = None  # it is evaluated again on the way there
         trim_jsonl(self.run.eval_pairs_file, last_step)
+        best = self.best_step()
+        if best is None:
+            self._best = None
+        elif self._best is None or self._best["step"] != best:  # the one noted last came after ``last_step``
+            rows = (row for row in read_jsonl(self.run.eval_pairs_file) if row["step"] == best)
+            self._best = {"step": best, **room.figures(PairScores.from_rows(rows), self.beta, self.confidence)}
 
     def has(self, step: int) -> bool:
         """Whether ``step`` was evaluated last."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_lora.evaluation import samples
 from dpo_lora.evaluation.record import Record
-from dpo_lora.files import append_jsonl
+from dpo_lora.files import append_jsonl, read_jsonl
 from dpo_lora.rundir import RunDir
 from dpo_lora.schema import RunSettings
 from dpo_lora.tracking import Tracker
@@ -29,7 +29,7 @@ class Sampler:
         self.record, self.tracker = record, tracker
         self.seed = settings.seed
         self.prompts = samples.prompts(settings.eval, heldout)
-        self._taken: int | None = None
+        self._taken: set[int] = set()  # steps
 
     def after_evaluation(self, trainer: Any) -> None:
         """Answers at this evaluation, where eval.sample_each asks for them; before training both sides are one."""
@@ -38,14 +38,18 @@ class Sampler:
             self.take(trainer, step)
 
     def take(self, trainer: Any, step: int) -> None:
-        """Answers of the adapter of ``step``, once."""
-        if not self.prompts or step == self._taken:
+        """Answers of the adapter of ``step``, asked for once; the summary is of the step asked for last."""
+        if not self.prompts:
             return
-        self._taken = step
-        rows = [
-            {"step": step, **row}
-            for row in samples.take(trainer, self.tokenizer, self.prompts, self.settings, self.seed)
-        ]
+        if step in self._taken:
+            rows = [row for row in read_jsonl(self.run.samples_file) if row["step"] == step]
+            self.record.add_samples(samples.summary(rows, self.record.confidence))
+            return
+        taken = samples.take(trainer, self.tokenizer, self.prompts, self.settings, self.seed)
+        if not taken:
+            return
+        self._taken.add(step)
+        rows = [{"step": step, **row} for row in taken]
         append_jsonl(self.run.samples_file, rows)
         summary = samples.summary(rows, self.record.confidence)
         self.record.add_samples(summary)

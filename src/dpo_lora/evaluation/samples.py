@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from dpo_lora.engine.batching import is_out_of_memory
 from dpo_lora.evaluation.decoding import Continuation, continuations, end_tokens, token_logps
 from dpo_lora.evaluation.statistics import bootstrap_intervals
 from dpo_lora.schema import EvalSettings
+
+log = logging.getLogger(__name__)
 
 DECODINGS = ("greedy", "sampled")
 SIDES = ("reference", "policy")
@@ -55,7 +59,9 @@ def _text(answer: str | list[dict[str, str]]) -> str:
 
 
 def take(trainer: Any, tokenizer: Any, wanted: list[Prompt], settings: EvalSettings, seed: int) -> list[dict[str, Any]]:
-    """One row a prompt and decoding, with what reference and policy answer.
+    """One row per prompt and decoding, with what reference and policy answer.
+
+    All prompts are asked at once, fewer where memory runs out; none where not even one fits, and a warning says so.
 
     Args:
         trainer: a PairTrainer; its ``as_reference`` gives the reference.
@@ -63,6 +69,29 @@ def take(trainer: Any, tokenizer: Any, wanted: list[Prompt], settings: EvalSetti
     """
     was_training = trainer.model.training
     trainer.model.eval()
+    rows: list[dict[str, Any]] = []
+    left, size = list(wanted), len(wanted)
+    try:
+        while left:
+            try:
+                rows += _asked(trainer, tokenizer, left[:size], settings, seed)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    log.warning("Not even one sampled answer fits in memory: there are none of this step.")
+                    return []
+                size = -(-size // 2)
+            else:
+                left = left[size:]
+    finally:
+        trainer.model.train(was_training)
+    return sorted(rows, key=lambda row: DECODINGS.index(row["decoding"]))
+
+
+def _asked(
+    trainer: Any, tokenizer: Any, wanted: list[Prompt], settings: EvalSettings, seed: int
+) -> list[dict[str, Any]]:
     policy = trainer.accelerator.unwrap_model(trainer.model)
     ids = [prompt.ids(tokenizer) for prompt in wanted]
     ask = {
@@ -85,7 +114,6 @@ def take(trainer: Any, tokenizer: Any, wanted: list[Prompt], settings: EvalSetti
             said["reference"] = continuations(reference, **ask)
     with trainer.as_reference() as reference:
         divergences = _divergences(reference, ids, said["policy"][len(wanted) :], tokenizer.pad_token_id)
-    trainer.model.train(was_training)
     return [
         {
             "id": prompt.id,

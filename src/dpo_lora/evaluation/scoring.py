@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lora import lineage, lora, model, settings
+from dpo_lora.choices import DataSource, ModelSource
 from dpo_lora.device import choose, for_use
 from dpo_lora.dpo.arguments import arguments
 from dpo_lora.dpo.trainer import PairTrainer
@@ -16,7 +17,7 @@ from dpo_lora.evaluation.scores import PairScores
 from dpo_lora.preferences import pairs as preferences
 from dpo_lora.resources import conf_dir
 from dpo_lora.rundir import RunDir, find
-from dpo_lora.schema import ModelSource, RunSettings
+from dpo_lora.schema import DataSettings, RunSettings
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,16 @@ def score(target: str, data: str | None, reference: str | None, outputs: Path) -
     found = _target(target, reference, outputs)
     if data is None and found.run is None:
         raise UserError(f"{target} is no run, so it has no held-out pairs of its own: name some with --data.")
-    run = found.settings if data is None else replace(found.settings, data=_data(data))
+    trained = None if found.run is None else found.settings.data
+    run = found.settings if data is None else replace(found.settings, data=_data(data, trained))
     run = replace(run, train=for_use(run.train))
     machine = choose(run.train, run.seed)
     base = model.load(run.model, machine)
     is_file = data is not None and Path(data).is_file()
     rows = (
-        preferences.load_all(run.data, base.tokenizer, run.seed)
+        preferences.load_all(run.data, base.tokenizer, run.seed, stop_ids=base.stop_ids)
         if is_file
-        else preferences.load(run.data, base.tokenizer, run.seed).heldout
+        else preferences.load(run.data, base.tokenizer, run.seed, stop_ids=base.stop_ids).heldout
     )
     with tempfile.TemporaryDirectory() as scratch:
         return _scorer(found, run, machine, base, rows, Path(scratch)).score(rows), run
@@ -77,9 +79,14 @@ def _target(target: str, reference: str | None, outputs: Path) -> Target:
     return Target(settings.from_plain(run.settings()), str(run.path), None, run)
 
 
-def _data(data: str) -> Any:
+def _data(data: str, trained: DataSettings | None) -> DataSettings:
     if Path(data).is_file():
-        return settings.composed(["data=local", f"data.path='{data}'", "data.heldout_split=null"]).data
+        if trained is None:
+            return settings.composed(["data=local", f"data.path='{data}'"]).data
+        return replace(  # read, cut and put through the template as the training pairs were, and every one of them
+            trained, name=Path(data).stem, source=DataSource.local, path=data, revision=None, subset=None, mix=[],
+            filter=[], heldout_split=None, heldout_path=None, max_pairs=None, max_heldout=None,
+        )  # fmt: skip
     presets = sorted(p.stem for p in (conf_dir() / "data").glob("*.yaml"))
     if data not in presets:
         raise UserError(f"--data {data}: neither a file nor a preset. There are: {', '.join(presets)}.")
