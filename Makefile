@@ -56,10 +56,11 @@ bench-gpu: $(STAMP)  ## the same on a CUDA device: Llama-3.2-1B's shape, bf16, 4
 	$(BIN)/python bench/table.py
 
 check: $(STAMP)  ## lint, format and types; changes nothing
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench docs
+	$(BIN)/ruff format --check src tests bench docs
 	$(BIN)/mypy
 
-fix: $(STAMP)  ## let ruff rewrite what it can
-	$(BIN)/ruff check --fix src tests bench
-	$(BIN)/ruff format src tests bench
+fix: $(STAMP)  ## let ruff rewrite what it can, and write docs/settings.md anew
+	$(BIN)/ruff check --fix src tests bench docs
+	$(BIN)/ruff format src tests bench docs
+	$(BIN)/python docs/settings.py

@@ -82,6 +82,9 @@ def test_find_by_path_name_and_latest(tmp_path: Path) -> None:
     newer.point_latest(tmp_path)
     assert (tmp_path / "latest").resolve() == newer.path
     assert find("latest", tmp_path).path == newer.path
+    trial = RunDir.create({}, outputs=tmp_path, name="x", path=tmp_path / "sweep" / "trial")
+    trial.write_manifest({"status": FINISHED, "ended": "2026-01-03T00:00:00Z"})
+    assert find("latest", tmp_path).path == newer.path, "the trial that ends last is any of its sweep's"
     assert find(older.path.name, tmp_path).path == older.path
     assert find(str(older.path), tmp_path).path == older.path
     with pytest.raises(UserError, match=newer.path.name):

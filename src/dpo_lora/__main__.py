@@ -42,7 +42,7 @@ def _command() -> None:
     if command == "train":
         _hydra(arguments)
     elif command == "plan":
-        words = [w for w in arguments if w not in ("-m", "--multirun") and not w.startswith(_LAUNCHER)]
+        words = [w for w in arguments if w not in ("-m", "--multirun") and not w.lstrip("+").startswith(_LAUNCHER)]
         _hydra([*words, "hydra/launcher=plan", "-m"])
     elif command in ("-sc", "--shell-completion"):
         from dpo_lora import cli

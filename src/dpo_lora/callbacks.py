@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
@@ -16,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dpo_lora.evaluation.record import Record
 from dpo_lora.rundir import RunDir
-from dpo_lora.tracking import Tracker
+from dpo_lora.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class NotFiniteError(RuntimeError):
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into "stop after this step"; a second Ctrl-C stops at once.
+    """Turns Ctrl-C, SIGTERM and a closed terminal into "stop after this step"; a second Ctrl-C stops at once.
 
     Outside a training loop there is no step to end, so the first one stops at once.
     """
@@ -37,8 +38,10 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup has SIGHUP ignored: the run is meant to go on without its terminal.
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -47,6 +50,8 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         repeated = self.received is not None
+        if repeated and number == signal.SIGHUP:
+            return  # a terminal that closes says it twice, by the kernel and by the shell: nobody is impatient
         self.received = signal.Signals(number)
         if repeated or not self.in_training:
             raise KeyboardInterrupt
@@ -187,12 +192,14 @@ class ProgressLine(TrainerCallback):
             self.progress.update(self.task, completed=state.global_step, figures=figures)
         elif (tenth := 10 * state.global_step // max(1, state.max_steps)) > self.shown:
             self.shown = tenth
-            print(f"step {state.global_step}/{state.max_steps}  {figures}", file=sys.stderr, flush=True)  # noqa: T201
+            with contextlib.suppress(OSError):  # nobody reads any more; the training goes on
+                print(f"step {state.global_step}/{state.max_steps}  {figures}", file=sys.stderr, flush=True)  # noqa: T201
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
         if self.progress is not None:
-            self.progress.stop()
+            with contextlib.suppress(OSError):  # the terminal has closed: that is no reason to lose the run
+                self.progress.stop()
             self.progress = None

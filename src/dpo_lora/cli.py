@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from dpo_lora.cli_adapters import Outputs, Run
 from dpo_lora.cli_cache import cache
 from dpo_lora.errors import UserError
 from dpo_lora.provenance import record_command
+
+if TYPE_CHECKING:
+    from dpo_lora.rundir import RunDir
 
 app = typer.Typer(
     name="dpo-lora",
@@ -45,7 +48,7 @@ def plan() -> None:
 def lint(
     overrides: Annotated[list[str] | None, typer.Argument(help="As for train: GROUP=PRESET NAME=VALUE ...")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report here as well.")] = None,
-    show: Annotated[int, typer.Option(min=0, help="Print so many pairs as they are trained.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Print this many pairs as the trainer sees them.")] = 0,
     config_dir: Annotated[Path | None, typer.Option(help="A folder of your own presets.")] = None,
 ) -> None:
     """Look for faults in preference pairs, and train nothing; exits with 2 where training would refuse."""
@@ -73,7 +76,6 @@ def resume(
 ) -> None:
     """Continue an interrupted or failed run from its last whole checkpoint, or a sweep where it stopped."""
     from dpo_lora import rundir
-    from dpo_lora.settings import from_plain
     from dpo_lora.sweeps import directory, status
 
     if run == "latest":
@@ -94,11 +96,34 @@ def resume(
     elif found.is_live():
         raise UserError(f"{found.path} is running now, in another process.")
     else:
-        from dpo_lora.train import train as start
-
-        in_sweep = any((found.path.parent / name).is_file() for name in ("sweep.json", "multirun.yaml"))
-        start(from_plain(found.settings()), resume=found.path, sweep=found.path.parent if in_sweep else None)
+        if retry:
+            typer.echo("--retry has no effect: this is a single run, not a sweep with failed trials.", err=True)
+        _go_on(found)
     typer.echo(found.path)
+
+
+def _go_on(run: RunDir) -> None:
+    """Train ``run`` to its end, by the settings and in the folder that it began with."""
+    from dpo_lora import settings
+    from dpo_lora.train import train as start
+
+    manifest, values = run.manifest(), run.settings()
+    if added := settings.added_since(values):
+        before = manifest.get("packages", {}).get("dpo-lora", "an earlier version")
+        commit = (manifest.get("git") or {}).get("commit")
+        raise UserError(
+            f"{run.path} was begun by dpo-lora {before}{f' (commit {commit[:12]})' if commit else ''}, which had no "
+            f"setting {', '.join(added)}; this is {__version__}, and the rest of the run might be computed otherwise. "
+            "Resume it with that version, or start a new run with 'dpo-lora train'."
+        )
+    folder = Path(manifest.get("cwd", Path.cwd()))
+    if not folder.is_dir():
+        typer.echo(f"The run was started in {folder}, which is gone: relative paths are looked for here.", err=True)
+    elif folder.resolve() != Path.cwd():
+        typer.echo(f"Working in {folder}, where the run was started.", err=True)
+    in_sweep = any((run.path.parent / name).is_file() for name in ("sweep.json", "multirun.yaml"))
+    with run.in_its_folder():
+        start(settings.from_plain(values), resume=run.path, sweep=run.path.parent if in_sweep else None)
 
 
 @app.command()

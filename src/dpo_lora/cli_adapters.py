@@ -15,7 +15,7 @@ Outputs = Annotated[Path, typer.Option(help="Folder that runs are written into."
 def chat(
     run: Run = "latest",
     prompt: Annotated[str | None, typer.Option(help="Ask this once and leave; without it, a conversation.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     outputs: Outputs = Path("outputs"),
 ) -> None:
     """Talk to a trained adapter."""
@@ -45,7 +45,7 @@ def push(
     run: Run,
     hub_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub; made if it is not there.")],
     base: Annotated[str | None, typer.Option(help="Hub id of the base model, where the run's was a folder.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Everyone may read a repository made now.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="If the repository is new, make it public.")] = False,
     outputs: Outputs = Path("outputs"),
 ) -> None:
     """Publish an adapter with its card and exact scores; private unless told otherwise."""

@@ -19,7 +19,9 @@ def add(app: typer.Typer) -> None:
 
 def score(
     target: Annotated[str, typer.Argument(help="A run, an adapter (folder or hub id), or a whole model.")],
-    data: Annotated[str | None, typer.Option(help="A file of pairs or a data preset; none: the run's own.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A file of pairs or a data preset (default: the run's held-out pairs).")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="Base of an adapter, or reference of a whole model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval_pairs.jsonl.")] = None,
     outputs: Outputs = Path("outputs"),
@@ -66,10 +68,12 @@ def regress(
     run: Run,
     tasks: Annotated[str, typer.Option(help="Names of lm-evaluation-harness, with commas between.")],
     include: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents a task, from the first; none: all.")] = None,
-    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples a document; none: as each task says.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N documents of each task.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Few-shot examples per document (default: the task's).")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Documents at a time.")] = 8,
-    chat_template: Annotated[bool, typer.Option(help="Put the documents as user turns.")] = False,
+    chat_template: Annotated[bool, typer.Option(help="Wrap prompts in the chat template.")] = False,
     outputs: Outputs = Path("outputs"),
 ) -> None:
     """Ask base and adapter the same benchmark tasks: did the model unlearn something?"""

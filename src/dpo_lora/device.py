@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dpo_lora.choices import Device, DType
 from dpo_lora.errors import UserError
-from dpo_lora.schema import Device, DType, TrainSettings
+from dpo_lora.schema import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,11 @@ def _gpu_joules(handle: object) -> float:
 
 def _rapl(root: Path) -> list[Counter]:
     """One counter a processor package; most systems let only root read them."""
-    return [_unwrapped(zone) for zone in sorted(root.glob("intel-rapl:?")) if _readable(zone / "energy_uj")]
+    return [
+        _unwrapped(zone)
+        for zone in sorted(root.glob("intel-rapl:?"))
+        if _readable(zone / "energy_uj") and not _is_board(zone)
+    ]
 
 
 def _readable(file: Path) -> bool:
@@ -75,6 +79,14 @@ def _readable(file: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_board(zone: Path) -> bool:
+    """Whether ``zone`` is ``psys``, the whole board: its joules contain those of the packages beside it."""
+    try:
+        return (zone / "name").read_text().strip() == "psys"
+    except OSError:
+        return False
 
 
 def _unwrapped(zone: Path) -> Counter:

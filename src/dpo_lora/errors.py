@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """Something the caller can put right: says what they did, why it cannot be, what to do instead.
+    """Something the caller can put right: says what they did, why that does not work, what to do instead.
 
     The command line prints the message alone and exits with code 2. Everything else that is raised
     is our fault or the machine's, and keeps its traceback.

@@ -48,11 +48,11 @@ def finite(value: Any) -> Any:
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a file this package wrote; a line cut off by a crash is the last one and is left out."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # line by line as bytes: the cut may go through a character
         for line in file:
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                yield json.loads(line.decode("utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError):
                 return
 
 

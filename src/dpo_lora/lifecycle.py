@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
+from dpo_lora import tracking
 from dpo_lora.callbacks import NotFiniteError, StopSignal
 from dpo_lora.errors import Interrupted, UserError
 from dpo_lora.provenance import command, git_state, machine, package_versions
@@ -48,12 +49,13 @@ def running(run: RunDir, console: Console) -> Iterator[StopSignal]:
     if "command" in known:
         facts["resumed"] = [*known.get("resumed", []), command()]
     else:
-        facts["command"] = command()
+        facts |= {"command": command(), "cwd": str(Path.cwd())}  # where the paths among its settings hold
     run.write_manifest(facts)
     status, reason = FAILED, ""
     with _logging(run.log_file, console), StopSignal() as stop:
         try:
             quiet_libraries()
+            tracking.check(from_plain(run.settings()).tracking)  # the model and the pairs are still to be loaded
             yield stop
             status = FINISHED
         except KeyboardInterrupt as interrupt:

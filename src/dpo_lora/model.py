@@ -11,9 +11,10 @@ import torch
 import xxhash
 
 from dpo_lora import embedded
+from dpo_lora.choices import ModelSource, Quantization
 from dpo_lora.device import Machine
 from dpo_lora.errors import UserError
-from dpo_lora.schema import ModelSettings, ModelSource, Quantization
+from dpo_lora.schema import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ class BaseModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str  # what people call it; for the card
-    license: str | None
+    license: dict[str, Any]  # what the adapter's card repeats of it: license, license_name, license_link
     identity: dict[str, Any]  # how another machine gets the same weights
 
     @property
@@ -134,23 +135,30 @@ def _source(settings: ModelSettings) -> str:
     return str(embedded.ensure())
 
 
-def _license(settings: ModelSettings, source: str) -> str | None:
-    """The licence that the base model's own card states; the adapter's card repeats it. None: it states none."""
+def _license(settings: ModelSettings, source: str) -> dict[str, Any]:
+    """What the base model's own card states of its licence, in the hub's words; empty where it states none."""
     if settings.source is ModelSource.embedded:
-        return embedded.LICENSE
+        return {"license": embedded.LICENSE}
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import EntryNotFoundError
 
     card = Path(source) / "README.md"
     if Path(source).is_dir() and not card.is_file():
-        return None
+        return {}
     try:
         stated = ModelCard.load(card if card.is_file() else source).data
     except (OSError, ValueError, EntryNotFoundError) as error:  # no network, no card, or front matter that is no YAML
         log.debug("The licence of %s could not be read: %s", settings.name, error)
-        return None
-    # Llama's and Gemma's licences have a name of their own beside "other".
-    return stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
+        return {}
+    # A licence that the hub has no id for is "other"; what it is called and where it stands are said beside that.
+    found = {name: stated.get(name) for name in ("license", "license_name", "license_link") if stated.get(name)}
+    link = found.get("license_link")
+    if isinstance(link, str) and "://" not in link:  # a file beside that card, which does not lie beside the adapter's
+        if card.is_file():
+            del found["license_link"]
+        else:
+            found["license_link"] = f"https://huggingface.co/{source}/blob/{settings.revision or 'main'}/{link}"
+    return found
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:

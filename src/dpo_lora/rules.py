@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
 
+from dpo_lora.choices import DataSource, ModelSource, Quantization
 from dpo_lora.errors import UserError, nearest
 from dpo_lora.evaluation.metrics import HIGHER_IS_BETTER
 from dpo_lora.objectives import DIRECTIONS
 from dpo_lora.preferences.lint.kinds import ROW_KINDS
 from dpo_lora.preferences.parts import parts
-from dpo_lora.schema import DataSource, ModelSource, Quantization, RunSettings, SweepSettings
+from dpo_lora.schema import RunSettings, SweepSettings
 
 # Attention kernels of the packed engine; named here so that a typo answers before torch is imported.
 KERNELS = ("auto", "sdpa", "block", "varlen", "flex")
@@ -29,174 +33,152 @@ LOSSES = (
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
+Check = Callable[[Any], bool]
+
+
+def _above(low: float) -> Check:
+    return lambda x: x > low and math.isfinite(x)
+
+
+def _from(low: float) -> Check:
+    return lambda x: x >= low
+
+
+def _or_null(check: Check) -> Check:
+    return lambda x: x is None or check(x)
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+# What a setting's value must be whatever the others are, in the order in which they are looked at.
+RULES: tuple[tuple[str, Check, str], ...] = (
+    ("lora.r", _from(1), "the rank must be at least 1"),
+    ("lora.alpha", _above(0), "it scales the update and must be above 0"),
+    ("lora.dropout", lambda x: 0 <= x < 1, "it must be a probability in [0, 1)"),
+    ("lora.targets", bool, "name at least one module, or [all-linear]"),
+    ("dpo.beta", _above(0), "it must be above 0; 0.01 to 0.5 is usual"),
+    ("dpo.loss_type", bool, "name at least one loss"),
+    ("dpo.label_smoothing", lambda x: 0 <= x < 0.5, "it must be in [0, 0.5)"),
+    ("dpo.ld_alpha", _or_null(lambda x: 0 <= x <= 1), "it must be in [0, 1], or null for no length correction"),
+    ("train.pairs_per_step", _above(0), "it must be at least 1"),
+    ("train.reference_cache_gb", _above(0), "it must be above 0"),
+    ("train.learning_rate", _above(0), "it must be above 0"),
+    ("train.epochs", _above(0), "it must be above 0"),
+    ("train.log_every", _above(0), "it must be at least 1 step"),
+    ("train.keep_checkpoints", _above(0), "it must be at least 1"),
+    ("train.max_grad_norm", _above(0), "it must be above 0"),
+    ("train.max_steps", _or_null(_above(0)), "it must be at least 1, or null to go by train.epochs"),
+    ("train.micro_batch", _or_null(_above(0)), "it must be at least 1, or null to go by train.tokens_per_batch"),
+    ("train.tokens_per_batch", lambda x: x == "auto" or (_whole(x) and x > 0), "it must be at least 1, or auto"),
+    (
+        "train.gradient_checkpointing",
+        lambda x: x == "auto" or isinstance(x, bool),
+        "it must be true, false, or auto (from the first step on that does not fit in memory)",
+    ),
+    ("train.attention", lambda x: x in KERNELS, f"choose from {', '.join(KERNELS)}"),
+    ("train.threads", _or_null(_above(0)), "it must be at least 1, or null for one per core"),
+    ("train.warmup", lambda x: 0 <= x < 1, "it must be a share of all steps in [0, 1)"),
+    ("train.weight_decay", _from(0), "it must not be below 0"),
+    ("train.save_every", _from(0), "it must be a number of steps, or 0 to save at the end only"),
+    ("train.keep_best", _or_null(lambda x: x in HIGHER_IS_BETTER), f"choose from {', '.join(HIGHER_IS_BETTER)}"),
+    ("train.patience", _or_null(_above(0)), "it must be at least one evaluation"),
+    ("seed", _from(0), "it must be a whole number from 0"),
+    ("data.heldout_share", lambda x: 0 < x < 1, "it must be a share of the prompts between 0 and 1, neither of them"),
+    ("data.max_length", _from(2), "there must be room for a token of the prompt and one of the answer"),
+    ("data.max_pairs", _or_null(_above(0)), "it must be at least 1, or null for all"),
+    ("data.max_heldout", _or_null(_above(0)), "it must be at least 1, or null for all"),
+    (
+        "data.name",
+        lambda x: bool(x) and all(c.isalnum() or c in "-_." for c in x) and not x.startswith("."),
+        "it becomes part of a folder's name: use letters, digits, '-', '_' and '.' only",
+    ),
+    (
+        "data.near_duplicate",
+        _or_null(lambda x: 0 < x <= 1),
+        "it must be a similarity in (0, 1], or null to look for equal texts only",
+    ),
+    ("data.lint.length_bias", lambda x: 0.5 <= x <= 1, "it must be an accuracy in [0.5, 1]"),
+    ("data.lint.outlier", _above(0), "it must be a number of standard deviations above 0"),
+    ("eval.every", _from(0), "it must be a number of steps, or 0 to evaluate before and after only"),
+    ("eval.batch", _from(1), "it must be at least one pair"),
+    ("eval.confidence", lambda x: 0 < x < 1, "it must be a probability such as 0.95"),
+    ("eval.samples", _from(0), "it must be a number of prompts, or 0 for none"),
+    ("eval.sample_tokens", _from(1), "it must be at least one token"),
+)
+SWEEP_RULES: tuple[tuple[str, Check, str], ...] = (
+    ("sweep.slots", _or_null(_from(1)), "it must be at least 1, or null to choose"),
+    ("sweep.per_gpu", _from(1), "it must be at least one trial per GPU"),
+    ("sweep.repeats", _from(1), "it must be at least one trial per setting"),
+    ("sweep.grace", _from(0), "it must be a number of seconds from 0"),
+    ("sweep.trial_timeout", _or_null(_above(0)), "it must be a number of seconds above 0, or null for no limit"),
+    ("sweep.objectives", bool, "name at least one"),
+)
+
+
 def check(run: RunSettings) -> None:
     """Refuse settings that cannot train, with the name, the value and what would do.
 
     Raises:
         UserError: naming the first rule that is broken.
     """
-    for rules in (_lora, _dpo, _train, _data, _eval, _model, _sweep):
+    for name, holds, why in RULES:
+        value = reduce(getattr, name.split("."), run)
+        _need(holds(value), name, value, f"{why}.")
+    for rules in (_dpo, _keep_best, _data, _lint, _model):
         rules(run)
+    check_sweep(run.sweep)
+
+
+def check_sweep(sweep: SweepSettings) -> None:
+    """The rules of how trials are run; a sweep asks before any trial is composed."""
+    for name, holds, why in SWEEP_RULES:
+        value = getattr(sweep, name.removeprefix("sweep."))
+        _need(holds(value), name, value, f"{why}.")
+    for name in sweep.objectives:
+        _need(name in DIRECTIONS, "sweep.objectives", name, f"choose from {', '.join(DIRECTIONS)}.")
 
 
 def _need(ok: bool, name: str, value: object, why: str) -> None:
     if not ok:
-        raise UserError(f"{name}={value} cannot be: {why}")
-
-
-def _lora(run: RunSettings) -> None:
-    lora = run.lora
-    _need(lora.r >= 1, "lora.r", lora.r, "the rank is the number of directions learned, at least 1.")
-    _need(lora.alpha > 0, "lora.alpha", lora.alpha, "it scales the update and must be above 0.")
-    _need(0 <= lora.dropout < 1, "lora.dropout", lora.dropout, "a probability in [0, 1).")
-    _need(bool(lora.targets), "lora.targets", lora.targets, "name at least one module, or [all-linear].")
+        raise UserError(f"{name}={value} is not valid: {why}")
 
 
 def _dpo(run: RunSettings) -> None:
     dpo = run.dpo
-    _need(
-        dpo.beta > 0 and math.isfinite(dpo.beta),
-        "dpo.beta",
-        dpo.beta,
-        "it weighs the pull to the reference and must be above 0 (0.01 to 0.5 is usual).",
-    )
-    _need(bool(dpo.loss_type), "dpo.loss_type", dpo.loss_type, "name at least one loss.")
     for loss in dpo.loss_type:
-        _need(
-            loss in LOSSES, "dpo.loss_type", loss, f"TRL has no such loss.{nearest(loss, LOSSES)} {', '.join(LOSSES)}."
-        )
-    _need(
-        dpo.f_divergence_type in DIVERGENCES,
-        "dpo.f_divergence_type",
-        dpo.f_divergence_type,
-        f"choose from {', '.join(DIVERGENCES)}.{nearest(dpo.f_divergence_type, DIVERGENCES)}",
-    )
+        known = f"TRL has no such loss.{nearest(loss, LOSSES)} {', '.join(LOSSES)}."
+        _need(loss in LOSSES, "dpo.loss_type", loss, known)
+    divergence = dpo.f_divergence_type
+    known = f"choose from {', '.join(DIVERGENCES)}.{nearest(divergence, DIVERGENCES)}"
+    _need(divergence in DIVERGENCES, "dpo.f_divergence_type", divergence, known)
     fixed = [loss for loss in dpo.loss_type if loss not in ANY_DIVERGENCE]
-    _need(
-        dpo.f_divergence_type == "reverse_kl" or not fixed,
-        "dpo.f_divergence_type",
-        dpo.f_divergence_type,
-        f"{', '.join(fixed)} is defined with reverse_kl only.",
-    )
+    why = f"{', '.join(fixed)} is defined with reverse_kl only."
+    _need(divergence == "reverse_kl" or not fixed, "dpo.f_divergence_type", divergence, why)
     sorting = [loss for loss in dpo.loss_type if loss.startswith("aot")]
-    _need(
-        not (dpo.use_weighting and sorting),
-        "dpo.use_weighting",
-        dpo.use_weighting,
-        f"{', '.join(sorting)} sorts log-ratios over pairs, so no pair has a weight of its own.",
-    )
+    why = f"{', '.join(sorting)} sorts log-ratios over pairs, so no pair has a weight of its own."
+    _need(not (dpo.use_weighting and sorting), "dpo.use_weighting", dpo.use_weighting, why)
     if dpo.loss_weights is not None:
-        _need(
-            len(dpo.loss_weights) == len(dpo.loss_type),
-            "dpo.loss_weights",
-            dpo.loss_weights,
-            f"one weight for each of the {len(dpo.loss_type)} losses {dpo.loss_type}.",
-        )
-    _need(0 <= dpo.label_smoothing < 0.5, "dpo.label_smoothing", dpo.label_smoothing, "a share in [0, 0.5).")
+        why = f"give one weight for each of the {len(dpo.loss_type)} losses {dpo.loss_type}."
+        _need(len(dpo.loss_weights) == len(dpo.loss_type), "dpo.loss_weights", dpo.loss_weights, why)
     if "exo_pair" in dpo.loss_type:
-        _need(
-            dpo.label_smoothing > 0,
-            "dpo.label_smoothing",
-            dpo.label_smoothing,
-            "EXO takes the logarithm of it; its paper uses 1e-3.",
-        )
-    if dpo.ld_alpha is not None:
-        _need(0 <= dpo.ld_alpha <= 1, "dpo.ld_alpha", dpo.ld_alpha, "a weight in [0, 1], or null for none.")
-
-
-def _train(run: RunSettings) -> None:
-    train = run.train
-    positive: list[tuple[str, float]] = [
-        ("pairs_per_step", train.pairs_per_step),
-        ("reference_cache_gb", train.reference_cache_gb),
-        ("learning_rate", train.learning_rate),
-        ("epochs", train.epochs),
-        ("log_every", train.log_every),
-        ("keep_checkpoints", train.keep_checkpoints),
-        ("max_grad_norm", train.max_grad_norm),
-    ]
-    for name, value in positive:
-        _need(value > 0 and math.isfinite(value), f"train.{name}", value, "it must be above 0.")
-    if train.max_steps is not None:
-        _need(
-            train.max_steps > 0,
-            "train.max_steps",
-            train.max_steps,
-            "at least 1, or null to go by train.epochs.",
-        )
-    if train.micro_batch is not None:
-        _need(train.micro_batch > 0, "train.micro_batch", train.micro_batch, "at least 1, or null.")
-    tokens = train.tokens_per_batch
-    _need(
-        tokens == "auto" or (isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0),
-        "train.tokens_per_batch",
-        tokens,
-        "a number of tokens from 1, or auto.",
-    )
-    _need(
-        train.gradient_checkpointing == "auto" or isinstance(train.gradient_checkpointing, bool),
-        "train.gradient_checkpointing",
-        train.gradient_checkpointing,
-        "true, false, or auto: from when on a step does not fit in memory.",
-    )
-    _need(train.attention in KERNELS, "train.attention", train.attention, f"choose from {', '.join(KERNELS)}.")
-    if train.threads is not None:
-        _need(train.threads > 0, "train.threads", train.threads, "at least 1, or null for one a core.")
-    _need(0 <= train.warmup < 1, "train.warmup", train.warmup, "a share of all steps in [0, 1).")
-    _need(train.weight_decay >= 0, "train.weight_decay", train.weight_decay, "it must not be below 0.")
-    _need(train.save_every >= 0, "train.save_every", train.save_every, "steps between checkpoints, or 0.")
-    _keep_best(run)
-    _need(run.seed >= 0, "seed", run.seed, "a whole number from 0.")
+        why = "EXO takes the logarithm of it, so it must be above 0; its paper uses 1e-3."
+        _need(dpo.label_smoothing > 0, "dpo.label_smoothing", dpo.label_smoothing, why)
 
 
 def _keep_best(run: RunSettings) -> None:
-    train = run.train
-    if train.keep_best is not None:
-        _need(
-            train.keep_best in HIGHER_IS_BETTER,
-            "train.keep_best",
-            train.keep_best,
-            f"name one of {', '.join(HIGHER_IS_BETTER)}.",
-        )
-        _need(
-            run.eval.every > 0, "train.keep_best", train.keep_best, "there is nothing to choose from: set eval.every."
-        )
-    if train.patience is not None:
-        _need(train.keep_best is not None, "train.patience", train.patience, "set train.keep_best to say what for.")
-        _need(train.patience > 0, "train.patience", train.patience, "at least one evaluation.")
+    best, patience = run.train.keep_best, run.train.patience
+    if best is not None:
+        _need(run.eval.every > 0, "train.keep_best", best, "there is nothing to choose from: set eval.every.")
+    if patience is not None:
+        _need(best is not None, "train.patience", patience, "set train.keep_best to say which metric must improve.")
 
 
 def _data(run: RunSettings) -> None:
     data = run.data
-    _need(
-        0 < data.heldout_share < 1,
-        "data.heldout_share",
-        data.heldout_share,
-        "a share of the prompts between 0 and 1, both left out.",
-    )
-    _need(data.max_length >= 2, "data.max_length", data.max_length, "room for one prompt and one answer token.")
-    for name in ("max_pairs", "max_heldout"):
-        value = getattr(data, name)
-        _need(value is None or value > 0, f"data.{name}", value, "at least 1, or null for all.")
-    _need(
-        bool(data.name) and all(c.isalnum() or c in "-_." for c in data.name) and not data.name.startswith("."),
-        "data.name",
-        data.name,
-        "it becomes part of a folder's name: letters, digits, '-', '_' and '.' only.",
-    )
-    _need(
-        bool(data.path) or bool(data.mix),
-        "data.path",
-        repr(data.path),
-        "name the file or hub data set: data.path=PAIRS.jsonl.",
-    )
-    _need(
-        data.near_duplicate is None or 0 < data.near_duplicate <= 1,
-        "data.near_duplicate",
-        data.near_duplicate,
-        "a similarity in (0, 1], or null to look for equal texts only.",
-    )
-    _lint(run)
+    has_path = bool(data.path) or bool(data.mix)
+    _need(has_path, "data.path", repr(data.path), "name the file or hub data set: data.path=PAIRS.jsonl.")
     if data.source is not DataSource.hub:
         _need(data.revision is None, "data.revision", data.revision, "only a hub data set has revisions.")
 
@@ -205,51 +187,17 @@ def _lint(run: RunSettings) -> None:
     drop, lint = run.data.drop, run.data.lint
     kinds = [kind.name for kind in ROW_KINDS]
     for name in (*drop, *lint.limits):
-        _need(
-            name in kinds,
-            "data.drop" if name in drop else "data.lint.limits",
-            name,
-            f"no kind of finding that rows have; there are {', '.join(kinds)}.{nearest(name, kinds)}",
-        )
+        where = "data.drop" if name in drop else "data.lint.limits"
+        why = f"no kind of finding that rows have; there are {', '.join(kinds)}.{nearest(name, kinds)}"
+        _need(name in kinds, where, name, why)
     for name, limit in lint.limits.items():
-        _need(
-            limit is None or 0 <= limit <= 1, f"data.lint.limits.{name}", limit, "a share in [0, 1], or null for none."
-        )
-    _need(0.5 <= lint.length_bias <= 1, "data.lint.length_bias", lint.length_bias, "an accuracy in [0.5, 1].")
-    _need(lint.outlier > 0, "data.lint.outlier", lint.outlier, "a number of standard deviations above 0.")
+        why = "it must be a share in [0, 1], or null to never refuse."
+        _need(limit is None or 0 <= limit <= 1, f"data.lint.limits.{name}", limit, why)
     parts(run.data)
-
-
-def _eval(run: RunSettings) -> None:
-    _need(run.eval.every >= 0, "eval.every", run.eval.every, "steps between evaluations, or 0.")
-    _need(run.eval.batch >= 1, "eval.batch", run.eval.batch, "at least one pair at a time.")
-    _need(0 < run.eval.confidence < 1, "eval.confidence", run.eval.confidence, "a probability such as 0.95.")
-    _need(run.eval.samples >= 0, "eval.samples", run.eval.samples, "a number of prompts, or 0 for none.")
-    _need(run.eval.sample_tokens >= 1, "eval.sample_tokens", run.eval.sample_tokens, "at least one token.")
 
 
 def _model(run: RunSettings) -> None:
     if run.model.source is ModelSource.embedded:
-        _need(
-            run.model.quantization is Quantization.none,
-            "model.quantization",
-            run.model.quantization.value,
-            "the embedded model is small enough as it is; quantise a hub model instead.",
-        )
-
-
-def _sweep(run: RunSettings) -> None:
-    check_sweep(run.sweep)
-
-
-def check_sweep(sweep: SweepSettings) -> None:
-    """The rules of how trials are run; a sweep asks before any trial is composed."""
-    _need(sweep.slots is None or sweep.slots >= 1, "sweep.slots", sweep.slots, "at least 1, or null to choose.")
-    _need(sweep.per_gpu >= 1, "sweep.per_gpu", sweep.per_gpu, "at least one trial a GPU.")
-    _need(sweep.repeats >= 1, "sweep.repeats", sweep.repeats, "at least one trial a setting.")
-    _need(sweep.grace >= 0, "sweep.grace", sweep.grace, "seconds, from 0.")
-    limit = sweep.trial_timeout
-    _need(limit is None or limit > 0, "sweep.trial_timeout", limit, "seconds above 0, or null for no limit.")
-    _need(bool(sweep.objectives), "sweep.objectives", sweep.objectives, "name at least one.")
-    for name in sweep.objectives:
-        _need(name in DIRECTIONS, "sweep.objectives", name, f"there are {', '.join(DIRECTIONS)}.")
+        chosen = run.model.quantization
+        why = "the embedded model is small enough as it is; quantise a hub model instead."
+        _need(chosen is Quantization.none, "model.quantization", chosen.value, why)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from dpo_lora.errors import UserError
 from dpo_lora.files import append_jsonl, read_jsonl, write_atomic, write_json
 
 FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
+
+# Seconds. A reader that asks whether a run is live holds its lock for a moment; whoever wants the lock waits that
+# long, and another reader, which must not keep anybody waiting, asks once more.
+_PATIENCE, _SECOND_LOOK = 2.0, 0.06
 
 
 class RunDir:
@@ -41,7 +46,7 @@ class RunDir:
         self.log_file = path / "train.log"
         self.card_file = path / "README.md"
         self.checkpoints = path / "checkpoints"
-        self._lock = FileLock(path / ".lock", timeout=0)
+        self._lock = FileLock(path / ".lock", timeout=_PATIENCE)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -106,13 +111,20 @@ class RunDir:
         """Whether a process holds this run now: tells a running run from one whose process died."""
         if not self._lock.lock_file or not Path(self._lock.lock_file).exists():
             return False
-        probe = FileLock(self._lock.lock_file, timeout=0)
+        probe = FileLock(self._lock.lock_file, timeout=_SECOND_LOOK)
         try:
             probe.acquire()
         except Timeout:
             return True
         probe.release()
         return False
+
+    @contextlib.contextmanager
+    def in_its_folder(self) -> Iterator[None]:
+        """Work where the run was started, if that is still there: its settings may name paths relative to it."""
+        known = self.manifest().get("cwd")
+        with contextlib.chdir(known) if known and Path(known).is_dir() else contextlib.nullcontext():
+            yield
 
     # -- what it says of itself
 
@@ -173,36 +185,42 @@ def trim_jsonl(path: Path, last_step: int) -> None:
 
 
 def find(run: str, outputs: Path) -> RunDir:
-    """The run that people name: a path, a folder's name in ``outputs``, or ``latest``.
+    """The run that people name: a path, a folder's name in ``outputs``, or ``latest``: the run that finished last.
+
+    A sweep's trials have to be named, or its ``best``: the last to finish is any of them.
 
     Raises:
         UserError: there is no such run.
     """
     if run == "latest" and not Path(run).is_dir():
-        finished = [r for r in runs(outputs) if r.manifest().get("status") == FINISHED]
+        finished = [r for r in runs(outputs, trials=False) if r.manifest().get("status") == FINISHED]
         if not finished:
-            raise UserError(f"No finished run in {outputs.resolve()}; start one with 'dpo-lora train'.")
+            raise UserError(
+                f"No finished run in {outputs.resolve()}; start one with 'dpo-lora train'. "
+                "The best trial of a sweep is SWEEP/best."
+            )
         return max(finished, key=lambda r: str(r.manifest().get("ended", "")))
     for path in (Path(run), outputs / run):
         if (path / "settings.yaml").is_file() and (path / "run.json").is_file():
             return RunDir(path.resolve())
-    known = sorted(r.path.name for r in runs(outputs))[-5:]
+    by_start = sorted(runs(outputs, trials=False), key=lambda r: (str(r.manifest().get("started", "")), r.path.name))
+    newest = [r.path.name for r in by_start[-5:]]
     raise UserError(
         f"{run} is no run directory: it has no settings.yaml and run.json. "
-        + (f"The newest in {outputs}: {', '.join(known)}." if known else f"There is none in {outputs} yet.")
+        + (f"The newest in {outputs}: {', '.join(newest)}." if newest else f"There is none in {outputs} yet.")
     )
 
 
 def unfinished(outputs: Path) -> list[RunDir]:
     """The runs in ``outputs`` that can be gone on with; trials go with their sweep."""
-    return [r for r in runs(outputs) if r.path.parent == outputs.resolve() and r.status() in (INTERRUPTED, FAILED)]
+    return [r for r in runs(outputs, trials=False) if r.status() in (INTERRUPTED, FAILED)]
 
 
-def runs(outputs: Path) -> list[RunDir]:
-    """Runs and trials below ``outputs``, whatever their status."""
+def runs(outputs: Path, *, trials: bool = True) -> list[RunDir]:
+    """Runs, and sweeps' trials, below ``outputs``, whatever their status."""
     return [
         RunDir(p.parent)
-        for depth in ("*", "*/*")
+        for depth in ("*", "*/*")[: 1 + trials]
         for p in outputs.resolve().glob(f"{depth}/run.json")
         if not p.parent.is_symlink() and not p.parent.parent.is_symlink()
     ]

@@ -9,8 +9,10 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lora import rules
+from dpo_lora.errors import UserError
 from dpo_lora.resources import conf_dir
 from dpo_lora.schema import RunSettings
 
@@ -58,8 +60,35 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def from_plain(values: dict[str, Any]) -> RunSettings:
-    """The settings of a saved run; the inverse of :func:`plain`."""
-    return from_hydra(OmegaConf.create(values))
+    """The settings of a saved run; the inverse of :func:`plain`.
+
+    What a run of an earlier version does not say is as in the default run: enough to read the run by, not to
+    train on (:func:`added_since`).
+
+    Raises:
+        UserError: they name, or give a value, that this version does not know.
+    """
+    try:
+        whole = OmegaConf.merge(defaults(), values) if added_since(values) else OmegaConf.create(values)
+        return from_hydra(whole)  # type: ignore[arg-type]  # a merge of mappings is one
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"The saved settings are of another version of dpo-lora: {str(error.msg or error).splitlines()[0]} "
+            f"({error.full_key}). Use the version that run.json names."
+        ) from error
+
+
+def added_since(values: dict[str, Any], schema: type = RunSettings, prefix: str = "") -> list[str]:
+    """Names of settings that these saved ones lack: there was no such setting when they were saved."""
+    found = []
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        name = prefix + field.name
+        if field.name not in values:
+            found.append(name)
+        elif is_dataclass(hints[field.name]):
+            found += added_since(values[field.name], hints[field.name], name + ".")
+    return found
 
 
 def composed(overrides: list[str]) -> RunSettings:

@@ -39,7 +39,7 @@ def check_names(overrides: list[str]) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """One message: what was given, why it cannot be, the nearest valid names."""
+    """One message: what was given, why that does not work, the nearest valid names."""
     for link in _chain(error):
         if isinstance(link, UserError):
             return str(link)

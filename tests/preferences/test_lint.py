@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import defaultdict
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from preference_rows import ROOT, talk, write_rows
 
+from dpo_lora.choices import PlainText
 from dpo_lora.errors import UserError
 from dpo_lora.preferences import pairs
 from dpo_lora.preferences.lint import texts
@@ -194,9 +196,44 @@ def test_nothing_is_found_in_a_shipped_set(name: str, tokenizer: Any, settings: 
 
 def test_plain_text_is_noted(tmp_path: Path, tokenizer: Any, settings: Settings) -> None:
     rows = [{"prompt": f"{a} and {b} is", "chosen": f" {a + b}", "rejected": " no"} for a in range(9) for b in range(9)]
-    found = pairs.look(settings(write_rows(tmp_path / "rows.jsonl", rows), near_duplicate=None), tokenizer, 0)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    found = pairs.look(settings(path, near_duplicate=None, plain_text=PlainText.keep), tokenizer, 0)
     assert findings(found).keys() == {"no_template", "length_bias"}
     assert findings(found)["no_template"]["count"] == 81
+
+
+def test_plain_text_is_trained_as_the_model_will_be_asked(
+    tmp_path: Path, tokenizer: Any, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "dpo_lora")
+    rows = [{"prompt": f"What is {n}?", "chosen": "A number.", "rejected": "No.", "system": "Be brief."} for n in "123"]
+    texts = write_rows(tmp_path / "texts.jsonl", rows)
+    turns = [
+        {
+            "prompt": [{"role": "system", "content": r["system"]}, {"role": "user", "content": r["prompt"]}],
+            "chosen": [{"role": "assistant", "content": r["chosen"]}],
+            "rejected": [{"role": "assistant", "content": r["rejected"]}],
+        }
+        for r in rows
+    ]
+    messages = write_rows(tmp_path / "turns.jsonl", turns)
+    as_text, as_turns = (pairs.look(settings(path, near_duplicate=None), tokenizer, 0) for path in (texts, messages))
+    assert as_text.rows["prompt_ids"][:] == as_turns.rows["prompt_ids"][:]
+    assert as_text.rows["chosen_ids"][:] == as_turns.rows["chosen_ids"][:]
+    assert "data.plain_text=keep trains them as written" in caplog.text
+
+    caplog.clear()
+    untemplated = copy.deepcopy(tokenizer)
+    untemplated.chat_template = None
+    found = pairs.look(settings(texts, near_duplicate=None), untemplated, 0)
+    assert "no_template" in findings(found)
+    assert "Columns not used: system." in caplog.text
+
+
+def test_texts_that_part_in_the_middle_become_no_turns(tmp_path: Path, tokenizer: Any, settings: Settings) -> None:
+    rows = [{"chosen": f"Q: {n}+1? A: {n + 1}", "rejected": f"Q: {n}+1? A: no"} for n in range(9)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert "no_template" in findings(pairs.look(settings(path, near_duplicate=None), tokenizer, 0))
 
 
 def findings(looked: pairs.Looked) -> dict[str, dict[str, Any]]:

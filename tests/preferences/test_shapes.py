@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from preference_rows import ROOT
 
+from dpo_lora.choices import DataSource, Pairing, PlainText
 from dpo_lora.errors import UserError
 from dpo_lora.preferences.parts import UNDECIDED, Part
 from dpo_lora.preferences.prepare import Recipe, _pairs
 from dpo_lora.preferences.shapes import rankings
 from dpo_lora.preferences.shapes.recognise import SHAPES, recognise, renamed, unused
 from dpo_lora.preferences.sources import files
-from dpo_lora.schema import DataSource, Pairing, PlainText
 
 FOLDER = Path(__file__).parent / "shapes"
 CASES = sorted(p.stem for p in FOLDER.glob("*.jsonl"))
@@ -75,7 +75,7 @@ def test_a_misnamed_prompt_shows_among_the_unused_columns() -> None:
     row = {"promt": "Why?", "chosen": "Because it is so.", "rejected": "Because."}
     shape = recognise(row, "it")
     assert shape.name == "text, implicit prompt"
-    assert unused(shape, row) == ["promt"]
+    assert unused(shape, row, in_turns=False) == ["promt"]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from preference_rows import talk, write_rows
 
+from dpo_lora.choices import PlainText
 from dpo_lora.preferences import pairs, store, workers
 from dpo_lora.preferences.prepare import SCHEMA
 from dpo_lora.preferences.sources import rows as row_sizes
-from dpo_lora.schema import DataSettings, PlainText
+from dpo_lora.schema import DataSettings
 
 Settings = Callable[..., DataSettings]
 
@@ -136,8 +137,16 @@ def gone(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("harm", [flipped, cut_off, gone])
-@pytest.mark.parametrize("name", ["pairs.arrow", "faults", "prompt_sketch", "store.json", "verdict.json", "train"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        *(
+            (name, flipped)
+            for name in ("pairs.arrow", "faults", "prompt_sketch", "store.json", "verdict.json", "train")
+        ),
+        *((name, harm) for name in ("pairs.arrow", "store.json") for harm in (cut_off, gone)),
+    ],
+)
 def test_a_damaged_file_is_noticed_and_made_again(
     name: str, harm: Callable[[Path], None], file: Path, tokenizer: Any, settings: Settings, cache: Path, caplog: Any
 ) -> None:

@@ -1,4 +1,4 @@
-"""A headless Chromium, where there is one."""
+"""One finished run that every test of this folder may read, and a headless Chromium, where there is one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from one_run import one_run
 
 QUIET = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -42,6 +44,22 @@ class Browser:
         """What the page wrote to the console, errors and refusals included."""
         lines = self._run(page, "--dump-dom", "--enable-logging=stderr", "--v=0").stderr.splitlines()
         return "\n".join(line for line in lines if "CONSOLE" in line)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_model: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a base model whose licence has a name of its own; nothing may be written into its directory."""
+    folder = tmp_path_factory.mktemp("reports")
+    base = Path(shutil.copytree(tiny_model, folder / "base"))
+    licence = "license: other\nlicense_name: tiny-research\nlicense_link: https://example.org/licence"
+    (base / "README.md").write_text(f"---\n{licence}\n---\nA model.\n")
+    return one_run(base, pairs_file, folder, "eval.every=2", "train.learning_rate=1e-2")
+
+
+@pytest.fixture
+def own_run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / finished.name))
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ from harness import CommandLine, make_pair
 HOSTILE = "</style></script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
-@pytest.fixture
-def finished(cli: CommandLine, tiny_overrides: list[str]) -> Path:
-    return cli("train", *tiny_overrides, "eval.every=2", "train.learning_rate=1e-2").run
-
-
 def hostile(run: Path) -> RunDir:
     """The run, with every text that comes from outside turned against its reader."""
     directory = RunDir(run)
@@ -158,8 +153,8 @@ def test_a_failed_run_has_a_report_with_its_reason(cli: CommandLine, tiny_overri
     assert "then start again" in text
 
 
-def test_hostile_text_stays_text(finished: Path) -> None:
-    text = report.page(hostile(finished))
+def test_hostile_text_stays_text(own_run: Path) -> None:
+    text = report.page(hostile(own_run))
     assert "<script>document" not in text
     assert "<img" not in text
     assert "javascript:" not in re.sub(r"(?s)<pre>.*?</pre>", "", text)
@@ -221,8 +216,8 @@ def test_pages_open_in_a_browser(finished: Path, browser: Any, write_probe: Call
     assert browser.document(page).count("<svg") >= 12
 
 
-def test_hostile_text_does_nothing_in_a_browser(finished: Path, browser: Any) -> None:
-    directory = hostile(finished)
+def test_hostile_text_does_nothing_in_a_browser(own_run: Path, browser: Any) -> None:
+    directory = hostile(own_run)
     report.write(directory)
     document = browser.document(directory.report_file)
     assert "<title>owned" not in document

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from dpo_lora.choices import Quantization
 from dpo_lora.errors import UserError
 from dpo_lora.rundir import FINISHED, RunDir
-from dpo_lora.schema import Quantization
 
 
 def require_finished(run: RunDir) -> None:
@@ -42,7 +42,8 @@ def load(run: RunDir, *, quantized: bool = True) -> tuple[Any, Any]:
     base_settings = settings.model if quantized else replace(settings.model, quantization=Quantization.none)
     # The base is made from its identity, not from the path in adapter_config.json: a run copied from
     # another machine names a folder that is not here.
-    base = model.load(base_settings, device.choose(device.for_use(settings.train), settings.seed))
+    with run.in_its_folder():
+        base = model.load(base_settings, device.choose(device.for_use(settings.train), settings.seed))
     policy = peft.PeftModel.from_pretrained(base.model, str(run.path))
     policy.eval()
     return policy, AutoTokenizer.from_pretrained(str(run.path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from json import JSONDecodeError
 from pathlib import Path
 
 from dpo_lora.adapters.loading import require_finished
@@ -36,7 +37,8 @@ def push(run: RunDir, hub_id: str, *, base: str | None, public: bool) -> str:
         public: everyone may read a repository that this call makes.
 
     Raises:
-        UserError: no login, no network, no right to write, or a base model that only this machine has.
+        UserError: no login, no network, no right to write, a base model that only this machine has, or a card
+            that the hub does not take.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -54,11 +56,16 @@ def push(run: RunDir, hub_id: str, *, base: str | None, public: bool) -> str:
             )
         except HFValidationError as error:
             raise UserError(f"{hub_id} cannot be a repository's name: {error} Write it as OWNER/NAME.") from error
-        except (LocalTokenNotFoundError, HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        except (LocalTokenNotFoundError, HTTPError, OfflineModeIsEnabled, ConnectionError, JSONDecodeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{hub_id} was not written: {reason} Log in with 'hf auth login' (or set HF_TOKEN) with a token that "
                 "may write there, check the network, and push again: what arrived is not sent twice."
+            ) from error
+        except ValueError as error:  # how the hub's client says what the hub has against the card's head
+            raise UserError(
+                f"{hub_id} was not written: {error}\nThat is the head of the card. What it says of the base model's "
+                f"licence stands in {run.manifest_file} (reference, base, license): correct it there, and push again."
             ) from error
     return str(commit.commit_url)
 
@@ -75,7 +82,9 @@ def _stage(run: RunDir, folder: Path, hub_id: str, base: str) -> None:
 
 def _base_on_the_hub(run: RunDir) -> str:
     base = run.manifest()["reference"]["base"]
-    if Path(base["name"]).exists():
+    with run.in_its_folder():
+        is_here = Path(base["name"]).exists()
+    if is_here:
         raise UserError(
             f"The base model is {base['name']}, a folder on this machine: nobody else could load the adapter. "
             "Say with --base OWNER/NAME where its weights are on the hub."

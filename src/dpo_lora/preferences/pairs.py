@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
+from dpo_lora.choices import PlainText
 from dpo_lora.errors import UserError
 from dpo_lora.files import write_json
 from dpo_lora.preferences import store
@@ -22,7 +23,7 @@ from dpo_lora.preferences.lint.judge import judge
 from dpo_lora.preferences.parts import HELDOUT, parts
 from dpo_lora.preferences.prepare import Recipe
 from dpo_lora.preferences.shapes.pair import ShapeError
-from dpo_lora.preferences.shapes.recognise import recognise, renamed, unused
+from dpo_lora.preferences.shapes.recognise import EXPLICIT_TEXT, Shape, recognise, renamed, unused
 from dpo_lora.preferences.similarity import Rows
 from dpo_lora.preferences.sources import source as sources
 from dpo_lora.preferences.sources.source import Source
@@ -101,13 +102,15 @@ def load(
     return Pairs(_selected(looked, looked.train), _selected(looked, looked.heldout), texts, looked.facts)
 
 
-def load_all(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> datasets.Dataset:
+def load_all(
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int, *, stop_ids: Collection[int] = ()
+) -> datasets.Dataset:
     """Every sound pair of a source, tokenised; none is held out.
 
     Raises:
         UserError: as for :func:`load`.
     """
-    looked = look(data, tokenizer, seed)
+    looked = look(data, tokenizer, seed, stop_ids=stop_ids)
     every = np.sort(np.concatenate([looked.train, looked.heldout]))
     if not len(every):
         raise UserError(f"{data.path} leaves no pairs of {looked.report['pairs']}; 'dpo-lora lint' says why.")
@@ -157,15 +160,26 @@ def _recognised(source: Source, recipe: Recipe) -> Recipe:
     except ShapeError as error:
         raise UserError(f"{place}: {error}.") from error
     shape = recognise(ours, source.part.path)
-    spare = unused(shape, ours)
-    log.info(
-        "Source %s: recognised as %s: %s.%s",
-        source.part.name,
-        shape.name,
-        shape.becomes,
-        f" Columns not used: {', '.join(spare)}." if spare else "",
-    )
-    return Recipe(recipe.part, recipe.number, recipe.encoder, recipe.pairing, recipe.plain_text, shape)
+    recipe = replace(recipe, shape=shape, plain_text=_plain_text(recipe, shape))
+    in_turns = recipe.plain_text is PlainText.chat
+    told = [f"Source {source.part.name}: recognised as {shape.name}: {shape.becomes}."]
+    if shape.is_text:
+        told.append(
+            "Its texts become chat turns; data.plain_text=keep trains them as written."
+            if in_turns
+            else "It is trained without a chat template; data.plain_text=chat makes turns of its texts."
+        )
+    if spare := unused(shape, ours, in_turns):
+        told.append(f"Columns not used: {', '.join(spare)}.")
+    log.info(" ".join(told))
+    return recipe
+
+
+def _plain_text(recipe: Recipe, shape: Shape) -> PlainText:
+    if recipe.plain_text is not PlainText.auto:
+        return recipe.plain_text
+    # A prompt that has no column of its own ends where two texts part: in the middle of a sentence, no turn.
+    return PlainText.chat if shape is EXPLICIT_TEXT and recipe.encoder.tokenizer.chat_template else PlainText.keep
 
 
 def _key(stores: list[store.Store], data: DataSettings, seed: int) -> str:

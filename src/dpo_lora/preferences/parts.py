@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dpo_lora.choices import DataSource
 from dpo_lora.errors import UserError, nearest
 from dpo_lora.preferences.shapes.filters import Rule, rules
-from dpo_lora.schema import ColumnSettings, DataSettings, DataSource
+from dpo_lora.schema import ColumnSettings, DataSettings
 
 TRAIN, HELDOUT, UNDECIDED = 0, 1, 2  # where a row goes; undecided rows are placed by their prompt
 
@@ -40,8 +41,8 @@ def parts(data: DataSettings) -> list[Part]:
         UserError: an item of data.mix has an unknown key, lacks a path, or says something impossible.
     """
     if not data.mix:
-        return _of(data, {"name": data.name, "path": data.path})
-    found = [part for number, item in enumerate(data.mix) for part in _of(data, _checked(item, number))]
+        return _of(data, {"name": data.name, "path": data.path}, 0)
+    found = [part for number, item in enumerate(data.mix) for part in _of(data, _checked(item, number), number)]
     names = [part.name for part in found if part.goes != HELDOUT]
     if len(set(names)) < len(names):
         raise UserError(f"data.mix: two sources have the same name ({', '.join(names)}); give each its own name.")
@@ -63,7 +64,7 @@ def _checked(item: dict[str, Any], number: int) -> dict[str, Any]:
     for key in ("weight", "max_pairs"):
         value = item.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise UserError(f"{where}.{key}={value} cannot be: a number above 0.")
+            raise UserError(f"{where}.{key}={value} is not valid: it must be a number above 0.")
     for name in item.get("columns", {}):
         if name not in (known := [field.name for field in fields(ColumnSettings)]):
             raise UserError(f"{where}.columns: {name!r} is no column of ours; there are {', '.join(known)}.")
@@ -72,7 +73,7 @@ def _checked(item: dict[str, Any], number: int) -> dict[str, Any]:
     return {"name": item["path"].rstrip("/").rsplit("/", 1)[-1], **item}
 
 
-def _of(data: DataSettings, item: dict[str, Any]) -> list[Part]:
+def _of(data: DataSettings, item: dict[str, Any], number: int) -> list[Part]:
     source = DataSource[item["source"]] if "source" in item else data.source
     shared: dict[str, Any] = {
         "name": item["name"],
@@ -89,9 +90,8 @@ def _of(data: DataSettings, item: dict[str, Any]) -> list[Part]:
     if data.heldout_path is not None:
         held = {**shared, "name": f"{item['name']}-heldout", "path": data.heldout_path}
         train = Part(**shared, split=split, goes=TRAIN)
-        # One held-out file for all of a mix: the first item brings it.
-        first = not data.mix or item["path"] == data.mix[0]["path"]
-        return [train, Part(**held, split=split, goes=HELDOUT)] if first else [train]
+        # One held-out file for all of a mix: the first item brings it, whatever file the others are read from.
+        return [train, Part(**held, split=split, goes=HELDOUT)] if number == 0 else [train]
     if data.heldout_split is None:
         return [Part(**shared, split=split, goes=UNDECIDED)]
     if source is DataSource.hub:

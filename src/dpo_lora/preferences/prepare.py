@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from dpo_lora.choices import Pairing, PlainText
 from dpo_lora.errors import UserError
 from dpo_lora.preferences import similarity
 from dpo_lora.preferences.lint import kinds, texts
@@ -20,7 +21,6 @@ from dpo_lora.preferences.shapes.pair import Message, Pair, ShapeError
 from dpo_lora.preferences.shapes.recognise import Row, Shape, recognise, renamed
 from dpo_lora.preferences.sources.rows import Batch, Place
 from dpo_lora.preferences.tokens import Encoded, Encoder
-from dpo_lora.schema import Pairing, PlainText
 
 # What the trainer reads, row by row.
 SCHEMA = pa.schema(
@@ -61,7 +61,7 @@ class Recipe:
     number: int  # of the part, among all
     encoder: Encoder
     pairing: Pairing
-    plain_text: PlainText
+    plain_text: PlainText  # keep or chat
     shape: Shape | None = None  # None: by the first row
 
 
@@ -144,7 +144,7 @@ def _pairs(recipe: Recipe, place: Place, row: Row) -> Iterator[_Found | str]:
     for number, pair in enumerate(shape.convert(ours, recipe.pairing)):
         pair.tools = tools
         if recipe.plain_text is PlainText.chat and isinstance(pair.prompt, str):
-            _make_chat(pair)
+            _make_chat(pair, ours.get("system"))
         suffix = f"#{number}" if number else ""
         yield _Found(pair, f"{own}{suffix}", place, number, topic, goes)
 
@@ -171,9 +171,11 @@ def _plain(value: Any) -> str:
     return str(value).encode("utf-8", "replace").decode()
 
 
-def _make_chat(pair: Pair) -> None:
+def _make_chat(pair: Pair, system: Any) -> None:
     assert isinstance(pair.prompt, str)
     pair.prompt = [{"role": "user", "content": pair.prompt.strip()}]
+    if isinstance(system, str) and system.strip():
+        pair.prompt.insert(0, {"role": "system", "content": system})
     for side in ("chosen", "rejected"):
         setattr(pair, side, [{"role": "assistant", "content": getattr(pair, side).strip()}])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from dpo_lora.rundir import RunDir
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ESCAPED = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]<>#|!"})
+# An absolute path in a word of a command line: all of it, a value, or one in a list or mapping; in quotes or not.
+_PATH = re.compile(r"""((?:^|[=:,\[{(])\s*)(?:(['"])((?:file://)?/(?!/).*?)\2|((?:file://)?/(?!/)[^,\]})'"]*))""")
 
 
 def write(run: RunDir) -> None:
@@ -49,7 +52,7 @@ def render(run: RunDir, hub_id: str | None = None, hub_base: str | None = None) 
         settings=settings,
         evaluation=evaluation,
         losses=", ".join(settings["dpo"]["loss_type"]),
-        data_path=_shown(manifest["data"]["path"]) if hub_id else manifest["data"]["path"],
+        data=", ".join(_sources(manifest["data"], is_public=bool(hub_id))),
         command=shlex.join([_shown(word) for word in manifest["command"]] if hub_id else manifest["command"]),
         steps=manifest.get("training", {}).get("steps"),
         question=_QUESTIONS.get(settings["data"]["name"], _QUESTIONS["explainer"]),
@@ -58,8 +61,27 @@ def render(run: RunDir, hub_id: str | None = None, hub_base: str | None = None) 
 
 def _shown(word: str) -> str:
     """A word of a command line without this machine's folders: ``data.path=/home/me/p`` becomes ``data.path=p``."""
-    name, sign, value = word.rpartition("=")
-    return f"{name}{sign}{Path(value).name}" if Path(value).is_absolute() else word
+
+    def named(found: re.Match[str]) -> str:
+        before, quote, quoted, bare = found.groups(default="")
+        return f"{before}{quote}{Path(quoted or bare).name}{quote}"
+
+    return _PATH.sub(named, word)
+
+
+def _sources(data: dict[str, Any], *, is_public: bool) -> list[str]:
+    """Where the pairs come from, each place once: a mix has several, and a held-out file is one more."""
+    found = []
+    for source in data["sources"]:
+        at = source["commit"] or source["revision"]
+        place = _shown(source["path"]) if is_public else source["path"]
+        found.append(place + (f" at {at}" if at else ""))
+    return [*dict.fromkeys(found)]
+
+
+def _on_the_hub(data: dict[str, Any]) -> list[str]:
+    """Ids of the hub's data sets among the sources."""
+    return [*dict.fromkeys(source["path"] for source in data["sources"] if source["source"] == "hub")]
 
 
 _QUESTIONS = {
@@ -76,10 +98,10 @@ def _front_matter(name: str, base: dict[str, Any], data: dict[str, Any], evaluat
         "pipeline_tag": "text-generation",
         "tags": ["dpo", "lora", "trl", "peft", "transformers", "generated_from_trainer"],
     }
-    if base.get("license"):
-        values["license"] = base["license"]
-    if data["source"] == "hub":
-        values["datasets"] = [data["path"]]
+    stated = base.get("license") or {}
+    values |= {"license": stated} if isinstance(stated, str) else stated  # runs of an earlier version have one word
+    if ids := _on_the_hub(data):
+        values["datasets"] = ids
     if evaluation is not None:
         values["model-index"] = _model_index(name, data, evaluation)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
@@ -110,7 +132,7 @@ def _model_index(name: str, data: dict[str, Any], evaluation: dict[str, Any]) ->
                     "task": {"type": "text-generation", "name": "Preference ranking"},
                     "dataset": {
                         "name": data["name"],
-                        "type": data["path"] if data["source"] == "hub" else data["name"],
+                        "type": data["path"] if data["source"] == "hub" else data["name"],  # a mix has no id
                         "split": "held out",
                     },
                     "metrics": metrics,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,22 @@ def show(run: RunDir, console: Console) -> None:
     path = _short(run.path)
     console.print(f"\nThe adapter, its card and its numbers: {path}", highlight=False, soft_wrap=True)
     console.print("Next:", highlight=False)
-    for command in (
-        f"dpo-lora chat {path}",
-        f"dpo-lora train parent={path}",
-        "dpo-lora train -m dpo.beta=0.05,0.1,0.2",
-    ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+    for command in (["dpo-lora", "chat", path], *_trainings(manifest["command"], path)):
+        console.print(f"  {shlex.join(command)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _trainings(command: list[str], path: str) -> list[list[str]]:
+    """The run's own command line, going on from its adapter, and as a sweep; none for a call from Python.
+
+    All of its words are repeated: with another base model, number format or adapter the run is no parent, and
+    with other pairs the sweep would answer another question.
+    """
+    if command[:2] != ["dpo-lora", "train"]:
+        return []
+    words = [word for word in command if not word.startswith("run_dir=")]  # it holds this run
+    again = [word for word in words if not word.startswith("parent=")]
+    varied = [word for word in words[2:] if not word.startswith("dpo.beta=")]
+    return [[*again, f"parent={path}"], ["dpo-lora", "train", "-m", *varied, "dpo.beta=0.05,0.1,0.2"]]
 
 
 def _figures(summary: dict[str, Any]) -> tuple[str, str, str]:

@@ -60,7 +60,7 @@ def _reason(status: str, manifest: dict[str, Any]) -> str:
             "The process is gone and left no reason: it was killed (kill -9, or the system ran out of memory), "
             "or the machine stopped."
         )
-    return shown(f"It received {said} and stopped." if said in ("SIGINT", "SIGTERM") else said)
+    return shown(f"It received {said} and stopped." if said in ("SIGINT", "SIGTERM", "SIGHUP") else said)
 
 
 def _ways(run: RunDir, status: str, manifest: dict[str, Any], last: int) -> list[tuple[str, str]]:

@@ -27,10 +27,12 @@ def lint(settings: RunSettings, console: Console, json_file: Path | None, shown:
     quiet_libraries()
     tokenizer, stop_ids = model.load_tokenizer(settings.model)
     looked = pairs.look(settings.data, tokenizer, settings.seed, stop_ids=stop_ids)
-    for style, line in report.lines(looked.report):
+    refusals = [*looked.report["refusals"], *report.nothing_left(looked.report, settings.data)]
+    found = {**looked.report, "refusals": refusals}
+    for style, line in report.lines(found):
         console.print(Text(line, style=style), soft_wrap=True)
     for number in range(min(shown, len(looked.train))):
         show.show(looked.rows[int(looked.train[number])], tokenizer, console)
     if json_file is not None:
-        write_json(json_file, looked.report)
-    return not looked.report["refusals"]
+        write_json(json_file, found)
+    return not refusals

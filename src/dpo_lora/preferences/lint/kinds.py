@@ -87,7 +87,7 @@ ROW_KINDS = (
         "no_template",
         NOTE,
         "plain text: trained without the model's chat template",
-        "For an instruct model say data.plain_text=chat, so that training and chatting look alike.",
+        "For an instruct model say data.plain_text=chat, so that it is trained as it will be asked.",
     ),
     Kind(
         "role_order",

@@ -125,6 +125,18 @@ def refuse(found: dict[str, Any]) -> None:
         )
 
 
+def nothing_left(found: dict[str, Any], data: DataSettings) -> list[str]:
+    """Why training must not start where no pair is left to train on, or none to score."""
+    told = ", ".join(f"{f['kind']} {f['count']}" for f in found["findings"] if f.get("left_out"))
+    return [
+        f"{data.path or data.name} leaves no {name} pairs of {found['pairs']} "
+        f"(left out: {told or 'none'}). Give more rows, another data.heldout_share, or a file of held-out "
+        "pairs (data.heldout_path)."
+        for name, pairs in found["used"].items()
+        if not pairs
+    ]
+
+
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """For run.json: counts by level and by kind; lint.json has the rest."""
     return {

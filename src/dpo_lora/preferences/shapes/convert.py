@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dpo_lora.choices import Pairing
 from dpo_lora.preferences.shapes import rankings, transcripts
 from dpo_lora.preferences.shapes.pair import Message, Pair, ShapeError, common_start, messages, number, text
-from dpo_lora.schema import Pairing
 
 Row = dict[str, Any]
 

@@ -73,7 +73,7 @@ def rules(values: list[dict[str, Any]]) -> list[Rule]:
 
 def _rule(value: dict[str, Any]) -> Rule:
     if set(value) != {"column", "op", "value"}:
-        raise UserError(f"data.filter: {value} cannot be: a rule has column, op and value, no more and no less.")
+        raise UserError(f"data.filter: {value} is not valid: a rule has column, op and value, no more and no less.")
     operation = value["op"]
     if operation not in OPERATIONS:
         raise UserError(

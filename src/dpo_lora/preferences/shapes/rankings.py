@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from dpo_lora.choices import Pairing
 from dpo_lora.preferences.shapes.pair import Message, Pair, ShapeError, messages, number, text
-from dpo_lora.schema import Pairing
 
 Answer = TypeVar("Answer")
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dpo_lora.choices import Pairing
 from dpo_lora.errors import UserError, nearest
 from dpo_lora.preferences.shapes import convert, rankings, transcripts
 from dpo_lora.preferences.shapes.convert import Row
 from dpo_lora.preferences.shapes.pair import Pair, ShapeError
-from dpo_lora.schema import Pairing
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Shape:
     becomes: str  # what is done with it; the log says so
     matches: Callable[[Row], bool]
     convert: Callable[[Row, Pairing], Iterator[Pair]]
+    is_text: bool = False  # its pairs have no turns, unless data.plain_text makes some
 
 
 # Names that other projects give to our columns; taken where ours is absent.
@@ -59,6 +60,14 @@ def renamed(row: Row, columns: dict[str, str]) -> Row:
     return ours
 
 
+EXPLICIT_TEXT = Shape(
+    "text, explicit prompt",
+    "prompt, chosen, rejected: texts (TRL)",
+    "a user's and an assistant's turn where the model has a chat template, else as it is (data.plain_text)",
+    lambda row: convert.is_plain(row) and isinstance(row.get("prompt"), str),
+    convert.plain_texts,
+    is_text=True,
+)
 SHAPES = (
     Shape(
         "OASST tree",
@@ -138,19 +147,14 @@ SHAPES = (
         convert.is_conversational,
         convert.conversations,
     ),
-    Shape(
-        "text, explicit prompt",
-        "prompt, chosen, rejected: texts (TRL)",
-        "as it is, without turns, unless data.plain_text=chat",
-        lambda row: convert.is_plain(row) and isinstance(row.get("prompt"), str),
-        convert.plain_texts,
-    ),
+    EXPLICIT_TEXT,
     Shape(
         "text, implicit prompt",
         "chosen, rejected: texts (TRL)",
         "the text that both begin with is the prompt",
         lambda row: convert.is_plain(row) and row.get("prompt") is None,
         convert.joined_texts,
+        is_text=True,
     ),
 )
 
@@ -181,9 +185,14 @@ def recognise(row: Row, source: str) -> Shape:
     )
 
 
-def unused(shape: Shape, row: Row) -> list[str]:
-    """Columns that a conversion of ``shape`` does not read, for the log: a misnamed prompt shows there."""
-    read = {"id", "topic", "split", "tools", "system", "chosen", "rejected", "prompt", "conversations"}
+def unused(shape: Shape, row: Row, in_turns: bool) -> list[str]:
+    """Columns that a conversion of ``shape`` does not read, for the log: a misnamed prompt shows there.
+
+    in_turns: texts become turns (data.plain_text).
+    """
+    read = {"id", "topic", "split", "chosen", "rejected", "prompt", "conversations"}
+    if in_turns or not shape.is_text:
+        read |= {"system", "tools"}
     read |= {name for both in convert.SCORES for name in both}
     if shape.name in ("ranked list", "comparison", "Alpaca ranking", "Orca"):
         read |= {*convert.PROMPTS, *rankings.LISTS, "output", "scores", "ranks", "ratings", *rankings.WINNERS}

@@ -9,11 +9,11 @@ from typing import Any
 
 import datasets
 
+from dpo_lora.choices import DataSource
 from dpo_lora.preferences.parts import Part
 from dpo_lora.preferences.sources import files, hub
 from dpo_lora.preferences.sources.rows import Batch
 from dpo_lora.resources import data_dir
-from dpo_lora.schema import DataSource
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""A finished run for many tests to look at: made once, by the real entry point in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def one_run(model: Path, pairs: Path, folder: Path, *words: str) -> Path:
+    """Train in a second, as ``tiny_overrides`` does, and return the run's directory below ``folder``."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from dpo_lora.__main__ import main
+
+    command = [
+        "model=hub",
+        f"model.name={model}",
+        "data=local",
+        f"data.path={pairs}",
+        "data.heldout_share=0.3",
+        "train=cpu",
+        "train.pairs_per_step=4",
+        "train.micro_batch=4",
+        "train.max_steps=4",
+        "train.save_every=2",
+        "tracking=none",
+        f"outputs={folder / 'outputs'}",
+        *words,
+    ]
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setenv("DPO_LORA_CACHE", str(folder / "cache"))
+        patch.setattr(sys, "argv", ["dpo-lora", "train", *command])
+        main()
+    return Path(said.getvalue().strip().splitlines()[-1])
