@@ -29,7 +29,7 @@ class DType(Enum):
 
 
 class Engine(Enum):
-    auto = "auto"  # packed where the model allows it and a probe proves it equal, else stock
+    auto = "auto"  # packed where the model allows it and a check at start finds it equal, else stock
     packed = "packed"  # refuse where it cannot be
     stock = "stock"  # TRL's own forward pass
 

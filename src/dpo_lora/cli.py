@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="dpo-lora",
-    help="DPO training of LoRA adapters: from preference pairs to a proven adapter.",
+    help="DPO training of LoRA adapters: from preference pairs to a measured adapter.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -36,5 +36,5 @@ def reference_folder() -> Path:
 
 
 def proofs_folder() -> Path:
-    """Where it is noted on what the packed engine was proven equal to the stock one."""
+    """Where it is noted on what the packed engine was found equal to the stock one."""
     return cache_dir() / "proofs"

@@ -89,7 +89,7 @@ def test_a_second_run_asks_the_reference_nothing(cli: CommandLine, tiny_override
     }
 
 
-def test_a_second_run_does_not_prove_the_engine_again(cli: CommandLine, tiny_overrides: list[str]) -> None:
+def test_a_second_run_does_not_check_the_engine_again(cli: CommandLine, tiny_overrides: list[str]) -> None:
     """Another beta and learning rate on the same bits; another rank or seed is another adapter."""
     runs = [cli("train", *tiny_overrides, *words).run for words in ((), ("dpo.beta=0.3", *FAST), ("lora.r=4",))]
     facts = [RunDir(run).manifest()["engine"] for run in runs]

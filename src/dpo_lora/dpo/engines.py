@@ -56,7 +56,7 @@ class EngineChoice:
 
 
 def choose_engine(trainer: PairTrainer) -> EngineChoice:
-    """Install the packed forward pass on the trainer's model where it is proven equal.
+    """Install the packed forward pass on the trainer's model where a check finds it equal.
 
     Raises:
         UserError: ``train.engine=packed`` and the model cannot be packed.
@@ -83,7 +83,7 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     packed.install()
     with trainer.accelerator.autocast():
         layers = "written out" if packed.writes_out() else "the model's"
-    when = " (proven by an earlier run)" if verdict.known else ""
+    when = " (checked by an earlier run)" if verdict.known else ""
     difference = verdict.difference
     log.info("Pair packing: attention %s; probe differs by %.1e from stock%s.", packed.attention, difference, when)
     return EngineChoice(packed, None, difference, layers, verdict.known)
