@@ -89,14 +89,8 @@ def load(
     for line in report.brief(looked.report):
         log.warning("%s", line) if not line.startswith("note") else log.info("%s", line)
     report.refuse(looked.report)
-    for name, rows in (("train", looked.train), ("heldout", looked.heldout)):
-        if not len(rows):
-            told = ", ".join(f"{f['kind']} {f['count']}" for f in looked.report["findings"] if f.get("left_out"))
-            raise UserError(
-                f"{data.path or data.name} leaves no {name} pairs of {looked.report['pairs']} "
-                f"(left out: {told or 'none'}). Give more rows, another data.heldout_share, or a file of held-out "
-                "pairs (data.heldout_path)."
-            )
+    for reason in report.nothing_left(looked.report, data):
+        raise UserError(reason)
     log.info("Data %s: %d pairs to train on, %d held out", data.name, len(looked.train), len(looked.heldout))
     texts = looked.rows.select_columns(["id", "topic", "texts"]).select(looked.heldout)
     return Pairs(_selected(looked, looked.train), _selected(looked, looked.heldout), texts, looked.facts)
