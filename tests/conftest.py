@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness import CHATML, CommandLine, make_pair
+from one_run import tiny_words
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -73,20 +74,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_overrides(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> list[str]:
     """A command line that trains in a second: add or replace as the test needs."""
-    return [
-        "model=hub",
-        f"model.name={tiny_model}",
-        "data=local",
-        f"data.path={pairs_file}",
-        "data.heldout_share=0.3",
-        "train=cpu",
-        "train.pairs_per_step=4",
-        "train.micro_batch=4",
-        "train.max_steps=4",
-        "train.save_every=2",
-        "tracking=none",
-        f"outputs={tmp_path / 'outputs'}",
-    ]
+    return tiny_words(tiny_model, pairs_file, tmp_path / "outputs")
 
 
 @pytest.fixture

@@ -10,13 +10,9 @@ from pathlib import Path
 import pytest
 
 
-def one_run(model: Path, pairs: Path, folder: Path, *words: str) -> Path:
-    """Train in a second, as ``tiny_overrides`` does, and return the run's directory below ``folder``."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    from dpo_lora.__main__ import main
-
-    command = [
+def tiny_words(model: Path, pairs: Path, outputs: Path) -> list[str]:
+    """A command line that trains in a second."""
+    return [
         "model=hub",
         f"model.name={model}",
         "data=local",
@@ -28,9 +24,17 @@ def one_run(model: Path, pairs: Path, folder: Path, *words: str) -> Path:
         "train.max_steps=4",
         "train.save_every=2",
         "tracking=none",
-        f"outputs={folder / 'outputs'}",
-        *words,
+        f"outputs={outputs}",
     ]
+
+
+def one_run(model: Path, pairs: Path, folder: Path, *words: str) -> Path:
+    """Train by `tiny_words` and ``words``, and return the run's directory below ``folder``."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from dpo_lora.__main__ import main
+
+    command = [*tiny_words(model, pairs, folder / "outputs"), *words]
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setenv("DPO_LORA_CACHE", str(folder / "cache"))

@@ -76,7 +76,8 @@ class Scripted(ClusterProcesses):
 
     def __init__(self, sweep: SweepDir, codes: list[int]):
         super().__init__(sweep, jobs=1, threads=1, seconds=60.0)
-        self.codes, self.submitted = codes, []  # type: ignore[var-annotated]
+        self.codes = codes
+        self.submitted: list[Order] = []
 
     def _submit(self, order: Order) -> Any:
         self.submitted.append(order)
