@@ -137,10 +137,11 @@ class Bench:
         from dpo_lora.engine.products import by_onednn
 
         budget = self.budget if budget == -1 else budget
+        lanes = self.lanes(engine.get("lanes"))
         steps = []
         for step in self.steps():
             opening = common_opening([self.rows[i]["prompt_ids"] for i in step])
-            micros = cut([pair_tokens(self.rows[i]) for i in step], budget, opening=opening)
+            micros = cut([pair_tokens(self.rows[i]) for i in step], budget, opening=opening, lanes=lanes)
             steps.append([[step[i] for i in m.pairs] for m in micros])
         packed = PackedForward(self.model, **engine)
         packed.install()
@@ -151,6 +152,12 @@ class Bench:
                 return spent + seconds, losses
         finally:
             packed.detach()
+
+    def lanes(self, asked: int | None) -> int:
+        """As many as were asked for, or as the product takes here."""
+        from dpo_lora.engine.lanes import lanes_here
+
+        return asked or lanes_here(torch.device(self.device))
 
     def own_reference(self, packed: PackedForward) -> float:
         """The engine's reference pass over all rows, as a run with an empty cache makes it; seconds it took."""
@@ -164,7 +171,9 @@ class Bench:
             for row in self.rows
         ]
         began = self.now()
-        compute = reference_pass(packed, TokenBudget(*(GPU_TOKENS if self.device == "cuda" else CPU_TOKENS)))
+        lanes = self.lanes(packed.lanes)
+        tokens = GPU_TOKENS if self.device == "cuda" else (lanes * CPU_TOKENS, lanes * CPU_TOKENS)
+        compute = reference_pass(packed, TokenBudget(*tokens, lanes=lanes))
         with self.autocast():
             computed = compute(tokens)
         for row, values in zip(self.rows, computed, strict=True):

@@ -15,6 +15,7 @@ from dpo_lora.dpo.rows import PairTokens, ReferenceRows, lengths
 from dpo_lora.engine.batching import TokenBudget, why_inseparable
 from dpo_lora.engine.eligibility import Verdict, judge
 from dpo_lora.engine.forward import PackedForward
+from dpo_lora.engine.lanes import lanes_here
 from dpo_lora.engine.proofs import Proofs
 from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens, scope_of, sequence_log_probs
 from dpo_lora.engine.reference_pass import fingerprint_adapter, fingerprint_config, reference_pass
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Tokens in memory at a time to start from and to grow to. On a CPU matrix products gain nothing past some
-# hundred rows while buffers leave the cache; a GPU waits for Python below some thousand tokens, and above the
-# ceiling time gains little for much memory (measured: docs/performance.md).
-CPU_TOKENS = (1280, 1280)
+# Tokens in memory at a time to start from and to grow to. On a CPU, where it is for each lane, matrix products gain
+# nothing past some hundred rows while buffers leave the cache; a GPU waits for Python below some thousand tokens, and
+# above the ceiling time gains little for much memory (measured: docs/performance.md).
+CPU_TOKENS = 1280
 GPU_TOKENS = (8192, 16384)
 
 
@@ -42,6 +43,7 @@ class EngineChoice:
     reason: str | None  # why it is not packed
     difference: float | None  # the probe's: packed against stock log-probabilities, relative
     layers: str | None = None  # the model's own or written out; None where it is not packed
+    lanes: int = 1  # rows computed at once
     is_known: bool = False  # the probe was passed by an earlier run, on the same bits by the same code
 
     def describe(self) -> dict[str, Any]:
@@ -49,6 +51,7 @@ class EngineChoice:
             "engine": "stock" if self.packed is None else "packed",
             "attention": None if self.packed is None else self.packed.attention,
             "layers": self.layers,
+            "lanes": self.lanes,
             "why_stock": self.reason,
             "probe_difference": self.difference,
             "probe_known": self.is_known,
@@ -82,11 +85,13 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     packed = PackedForward(trainer.model, statistics, **kernel, recompute=train.recomputes)
     packed.install()
     with trainer.accelerator.autocast():
-        layers = "written out" if packed.writes_out() else "the model's"
+        written_out = packed.writes_out()
     when = " (checked by an earlier run)" if verdict.known else ""
     difference = verdict.difference
     log.info("Pair packing: attention %s; probe differs by %.1e from stock%s.", packed.attention, difference, when)
-    return EngineChoice(packed, None, difference, layers, verdict.known)
+    layers = "written out" if written_out else "the model's"
+    lanes = lanes_here(trainer.args.device) if written_out else 1
+    return EngineChoice(packed, None, difference, layers, lanes, verdict.known)
 
 
 def _beginning(row: dict[str, Any]) -> dict[str, Any]:
@@ -98,12 +103,16 @@ def _beginning(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **{side: row[side][:tokens] for side, tokens in cuts.items()}}
 
 
-def token_budget(run: RunSettings, on_cpu: bool) -> TokenBudget:
+def token_budget(trainer: PairTrainer) -> TokenBudget:
     """The budget that ``train.tokens_per_batch`` asks for: auto grows while steps fit, a number is the upper limit."""
-    start, ceiling = CPU_TOKENS if on_cpu else GPU_TOKENS
-    if run.train.tokens_per_batch != "auto":
-        start = ceiling = int(run.train.tokens_per_batch)
-    return TokenBudget(start, ceiling, floor=1)
+    lanes, asked = trainer.engine.lanes, trainer.run.train.tokens_per_batch
+    if asked != "auto":
+        start = ceiling = int(asked)
+    elif trainer.args.device.type == "cpu":
+        start = ceiling = lanes * CPU_TOKENS
+    else:
+        start, ceiling = GPU_TOKENS
+    return TokenBudget(start, ceiling, floor=1, lanes=lanes)
 
 
 def warn_inseparable(run: RunSettings, router_aux_loss: bool) -> None:
@@ -155,7 +164,7 @@ def attach_reference(
         device=trainer.args.device.type,
     )
     cache = ReferenceCache(reference_folder(), int(run.train.reference_cache_gb * 1e9))
-    budget = token_budget(run, trainer.args.device.type == "cpu")
+    budget = token_budget(trainer)
     compute = reference_pass(packed, budget)
 
     def computed(part: list[Tokens]) -> list[LogProbs]:

@@ -29,7 +29,7 @@ class StepMemory:
 
     def __init__(self, trainer: PairTrainer) -> None:
         device = trainer.args.device
-        self.budget = token_budget(trainer.run, device.type == "cpu")
+        self.budget = token_budget(trainer)
         self.relief = Relief(trainer)
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from dpo_lora.engine.packing import LEAST_OPENING, positions_needed
+from dpo_lora.engine.partition import evenly
 from dpo_lora.errors import UserError
 
 Result = TypeVar("Result")
@@ -68,15 +69,17 @@ def common_opening(prompts: Sequence[list[int]]) -> int:
     return shared if shared >= LEAST_OPENING else 0
 
 
-def cut(sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False, opening: int = 0) -> list[MicroBatch]:
+def cut(
+    sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False, opening: int = 0, lanes: int = 1
+) -> list[MicroBatch]:
     """Cut one step's pairs into as few micro-batches as the budget allows, evenly filled.
 
     sizes: row positions of each pair (`pair_tokens`). A pair larger than the budget gets its own micro-batch.
     With tokens_per_batch None, or whole (a loss that is not separable), all pairs stay together.
     opening: tokens counted in each of the sizes that a row holds once (`common_opening`). Its keys are gathered for
     each pair, which takes about a sixteenth of the memory that as many positions take.
-    Deterministic: largest pair first into the emptiest micro-batch, the number of micro-batches raised until
-    all fit.
+    lanes: rows that are computed at once (`lanes.py`); a micro-batch has pairs that fill as many alike.
+    Deterministic: pairs are shared out evenly (`evenly`), the number of micro-batches raised until all fit.
     """
     count = len(sizes)
     if count == 0:
@@ -84,22 +87,29 @@ def cut(sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False,
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise UserError(f"tokens_per_batch is {tokens_per_batch}; give a positive number of tokens, or None")
     sizes = [size - opening + opening // 16 for size in sizes]
-    if tokens_per_batch is not None:
-        tokens_per_batch = max(1, tokens_per_batch - opening)
-    everything = MicroBatch(tuple(range(count)), sum(sizes))
-    if whole or tokens_per_batch is None or everything.tokens <= tokens_per_batch:
-        return [everything]
-    order = sorted(range(count), key=lambda i: (-sizes[i], i))
-    for bins in range(min(count, -(-everything.tokens // tokens_per_batch)), count + 1):
-        load, members = [0] * bins, [[] for _ in range(bins)]
-        for i in order:
-            target = min(range(bins), key=load.__getitem__)
-            load[target] += sizes[i]
-            members[target].append(i)
-        if all(n <= tokens_per_batch or len(m) == 1 for n, m in zip(load, members, strict=True)):
+    total = sum(sizes)
+    if whole or tokens_per_batch is None or total <= (budget := max(1, tokens_per_batch - lanes * opening)):
+        return [MicroBatch(tuple(range(count)), total)]
+    for number in range(min(count, -(-total // budget)), count + 1):
+        groups = [MicroBatch(tuple(g), sum(sizes[i] for i in g)) for g in evenly(sizes, lanes * number)]
+        if all(group.tokens <= budget or len(group.pairs) == 1 for group in groups):
             break
-    batches = [(sorted(m), n) for m, n in zip(members, load, strict=True) if m]
-    return [MicroBatch(tuple(m), n) for m, n in sorted(batches)]
+    return sorted(_side_by_side(groups, lanes, budget), key=lambda batch: batch.pairs)
+
+
+def _side_by_side(groups: list[MicroBatch], lanes: int, budget: int) -> list[MicroBatch]:
+    """Groups of about the same size together, up to ``lanes`` of them where they fit the budget at once."""
+    batches: list[MicroBatch] = []
+    taken = lanes
+    for group in sorted(groups, key=lambda group: -group.tokens):
+        if taken < lanes and batches[-1].tokens + group.tokens <= budget:
+            before = batches.pop()
+            group = MicroBatch(tuple(sorted(before.pairs + group.pairs)), before.tokens + group.tokens)
+            taken += 1
+        else:
+            taken = 1
+        batches.append(group)
+    return batches
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -118,11 +128,11 @@ class TokenBudget:
 
     Once it was halved it never grows again to the size that failed. `ceiling` bounds the growth: on a
     CPU there is no reason to grow past the point where products are efficient and buffers still fit the
-    cache.
+    cache. `lanes` as `cut` takes them.
     """
 
-    def __init__(self, start: int, ceiling: int, floor: int = 64, patience: int = 2) -> None:
-        self.tokens, self.ceiling, self.floor, self.patience = start, ceiling, floor, patience
+    def __init__(self, start: int, ceiling: int, floor: int = 64, patience: int = 2, lanes: int = 1) -> None:
+        self.tokens, self.ceiling, self.floor, self.patience, self.lanes = start, ceiling, floor, patience, lanes
         self.clean = 0
 
     def run(
@@ -146,9 +156,9 @@ class TokenBudget:
         when nothing more can be done, as a `UserError`.
         """
         while True:
-            batches = cut(sizes, self.tokens, whole, opening)
+            batches = cut(sizes, self.tokens, whole, opening, self.lanes)
             # A small step does not fill the budget: what did not fit is what was there.
-            tokens = min(self.tokens, opening + max(batch.tokens for batch in batches))
+            tokens = min(self.tokens, self.lanes * opening + max(batch.tokens for batch in batches))
             try:
                 result = step(batches)
             except Exception as error:

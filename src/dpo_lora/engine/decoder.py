@@ -41,16 +41,8 @@ def passes_for(weight: Tensor) -> ModuleType | None:
     return None
 
 
-def run_decoder(backbone: nn.Module, plan: PairPlan, recompute: bool = False) -> Tensor | None:
-    """Last hidden states [R, hidden] of the plan's scored rows, or None if the backbone must run its own forward.
-
-    recompute keeps only each layer's input for the backward pass and computes the rest again; the model's own
-    gradient checkpointing asks for the same.
-    """
-    checkpointing = getattr(backbone, "gradient_checkpointing", False) and backbone.training
-    layers = read_layers(backbone, recompute or checkpointing)
-    if layers is None:
-        return None
+def run_decoder(backbone: nn.Module, layers: list[LayerParts], plan: PairPlan) -> Tensor:
+    """Last hidden states [R, hidden] of the plan's scored rows, by the backbone's layers as `read_layers` gave them."""
     x = backbone.embed_tokens(plan.input_ids)
     with torch.autocast(x.device.type, enabled=False):
         cos, sin = backbone.rotary_emb(x, position_ids=plan.position_ids)
@@ -64,7 +56,12 @@ def run_decoder(backbone: nn.Module, plan: PairPlan, recompute: bool = False) ->
 
 
 def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts] | None:
-    """Every layer's parts, or None if one module of the backbone is not exactly as expected."""
+    """Every layer's parts, or None if one module of the backbone is not exactly as expected.
+
+    recompute: keep only each layer's input for the backward pass and compute the rest again; the model's own gradient
+        checkpointing asks for the same.
+    """
+    recompute = recompute or (getattr(backbone, "gradient_checkpointing", False) and backbone.training)
     family = next((f for f, m in _FAMILIES.items() if type(backbone) is getattr(m, f"{f}Model")), None)
     passes = passes_for(backbone.get_input_embeddings().weight)
     if family is None or passes is None or not _is_norm(backbone.norm, family) or watched(backbone):

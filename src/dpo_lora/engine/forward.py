@@ -14,6 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from dpo_lora.engine.attention import attach, default_kernel, packed_rows
 from dpo_lora.engine.decoder import read_layers, run_decoder
 from dpo_lora.engine.head import STATISTICS, HeadRule, token_scores
+from dpo_lora.engine.lanes import lanes_for, score_in_lanes
 from dpo_lora.engine.packing import PairPlan, plan_batch
 
 
@@ -30,6 +31,7 @@ class PackedForward:
     kernel: name from attention.KERNELS, None for the default of the model's device and dtype.
     layers: "auto" runs the backbone by `decoder.py` where that is possible, "plain" never does.
     recompute: of the layers run by `decoder.py`, keep only the inputs for the backward pass.
+    lanes: how many rows `decoder.py` makes of one and runs at once (`lanes.py`); None: as many as pay.
     """
 
     def __init__(
@@ -39,10 +41,11 @@ class PackedForward:
         kernel: str | None = None,
         layers: str = "auto",
         recompute: bool = False,
+        lanes: int | None = None,
     ) -> None:
         if layers not in ("auto", "plain"):
             raise ValueError(f"layers is {layers!r}; use 'auto' (by hand where possible) or 'plain' (the model's own)")
-        self.layers, self.recompute = layers, recompute
+        self.layers, self.recompute, self.lanes = layers, recompute, lanes
         self.model = model
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.text_config = self.base.config.get_text_config()
@@ -102,27 +105,39 @@ class PackedForward:
             )
         # A model in training that takes no gradient is asked as the reference: TRL reads its log-probabilities alone.
         only_log_probs |= self.model.training and not torch.is_grad_enabled()
-        hidden, router_logits = self.entry_states(plan, routed)
-        scores = token_scores(
-            hidden,
-            self.base.get_output_embeddings(),
-            plan.head_labels,
-            self.rule,
-            () if only_log_probs else self.statistics,
-        )
+        scores, router_logits = self.entry_scores(plan, () if only_log_probs else self.statistics, routed)
         spread = {name: plan.scatter(value) for name, value in scores.items()}
         for name in set(STATISTICS) - set(scores) - {"log_sum_sq_probs"}:
             spread[name] = torch.zeros_like(spread["log_probs"], dtype=torch.bool if name == "is_top1" else None)
         aux_loss = None if router_logits is None else self._aux_loss(router_logits, plan)
         return FusedCausalLMOutput(label_mask=plan.slots < len(plan.head_labels), aux_loss=aux_loss, **spread)
 
-    def entry_states(self, plan: PairPlan, router_logits: bool = False) -> tuple[Tensor, tuple | None]:
-        """The last hidden state of each head entry [N, H] and, if asked, the routers' logits of a mixture of
-        experts."""
-        if self._may_write_out and not router_logits:
-            hidden = run_decoder(self.base.base_model, plan, self.recompute)
-            if hidden is not None:
-                return hidden[plan.entry_rows], None
+    def entry_scores(
+        self, plan: PairPlan, statistics: tuple[str, ...] = (), router_logits: bool = False
+    ) -> tuple[dict[str, Tensor], tuple | None]:
+        """Of each head entry [N] its log-probability and the statistics asked for, as `token_scores` gives them; and if
+        asked, the routers' logits of a mixture of experts."""
+        backbone, head, rule = self.base.base_model, self.base.get_output_embeddings(), self.rule
+        written_out = self._may_write_out and not router_logits
+        layers = read_layers(backbone, self.recompute) if written_out else None
+        if layers is None:
+            hidden, logits = self._entry_states(plan, router_logits)
+            return token_scores(hidden, head, plan.head_labels, rule, statistics), logits
+
+        names = ("log_probs", *statistics)
+
+        def score(row: PairPlan) -> tuple[Tensor, ...]:
+            hidden = run_decoder(backbone, layers, row)[row.entry_rows]
+            scores = token_scores(hidden, head, row.head_labels, rule, statistics)
+            return tuple(scores[name] for name in names)
+
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        values = score_in_lanes(score, plan, self.lanes or lanes_for(plan), trained)
+        return dict(zip(names, values, strict=True)), None
+
+    def _entry_states(self, plan: PairPlan, router_logits: bool) -> tuple[Tensor, tuple | None]:
+        """The last hidden state of each head entry [N, H] by the model's own layers, and if asked, the routers'
+        logits."""
         kwargs = {"output_router_logits": True} if router_logits else {}
         with packed_rows(plan):
             out = self.base.base_model(

@@ -14,7 +14,6 @@ from trl.trainer.utils import use_adapter
 from dpo_lora.engine.batching import TokenBudget, common_opening
 from dpo_lora.engine.cache_files import LogProbs
 from dpo_lora.engine.forward import PackedForward
-from dpo_lora.engine.head import token_scores
 from dpo_lora.engine.packing import plan_pairs, positions_needed
 from dpo_lora.engine.reference_cache import Tokens
 
@@ -100,10 +99,8 @@ def _score(packed: PackedForward, rows: Sequence[Tokens]) -> tuple[torch.Tensor,
     """Log-probabilities [2B, L-1] on the model's device, and on the host which of them are there."""
     planned = plan_pairs(rows)
     plan = planned.to(next(packed.base.parameters()).device)
-    hidden, _ = packed.entry_states(plan)
-    head = packed.base.get_output_embeddings()
-    scores = token_scores(hidden, head, plan.head_labels, packed.rule)["log_probs"]
-    return plan.scatter(scores), planned.slots < len(planned.head_labels)
+    scores, _ = packed.entry_scores(plan)
+    return plan.scatter(scores["log_probs"]), planned.slots < len(planned.head_labels)
 
 
 def _sides(scores: torch.Tensor, places: torch.Tensor) -> list[LogProbs]:
