@@ -172,8 +172,8 @@ class Bench:
         ]
         began = self.now()
         lanes = self.lanes(packed.lanes)
-        tokens = GPU_TOKENS if self.device == "cuda" else (lanes * CPU_TOKENS, lanes * CPU_TOKENS)
-        compute = reference_pass(packed, TokenBudget(*tokens, lanes=lanes))
+        budget = GPU_TOKENS if self.device == "cuda" else (lanes * CPU_TOKENS, lanes * CPU_TOKENS)
+        compute = reference_pass(packed, TokenBudget(*budget, lanes=lanes))
         with self.autocast():
             computed = compute(tokens)
         for row, values in zip(self.rows, computed, strict=True):
