@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dpo_lora import lora
 from dpo_lora.dpo.engines import _beginning
+from dpo_lora.engine import lanes
 from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import FAILED, FINISHED, RunDir
 from harness import CommandLine, dpo_lora
@@ -75,6 +76,24 @@ def test_the_cut_does_not_change_the_result(cli: CommandLine, tiny_overrides: li
     words = [w for w in tiny_overrides if not w.startswith("train.micro_batch")]
     whole = cli("train", *words, *FAST, "train.tokens_per_batch=100000").run
     assert_close(whole, cli("train", *words, *FAST, cut).run)
+
+
+def test_rows_side_by_side_train_the_same_adapter(
+    cli: CommandLine, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two threads, through reference, training and scores; twice to the same bits."""
+    monkeypatch.setattr(lanes, "LEAST_TOKENS", 1)
+    threads = torch.get_num_threads()
+    one = cli("train", *tiny_overrides, *FAST, "train.threads=1").run
+    try:
+        two, again = (
+            cli("train", *tiny_overrides, *FAST, "train.threads=2", "train.reference_cache=false").run for _ in range(2)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert [RunDir(run).manifest()["engine"]["lanes"] for run in (one, two)] == [1, 2]
+    assert_close(one, two)
+    assert_same_bits(two, again)
 
 
 def test_a_second_run_asks_the_reference_nothing(cli: CommandLine, tiny_overrides: list[str]) -> None:
