@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from dpo_lora.evaluation.statistics import wilson_interval
 from dpo_lora.preferences import split
 from dpo_lora.preferences.lint import repeats
 from dpo_lora.preferences.lint.columns import Columns, Flags, flag, usable
@@ -144,15 +145,7 @@ def longer_wins(chosen: npt.NDArray[Any], rejected: npt.NDArray[Any]) -> dict[st
     spread = float(logs.std())
     # Point-biserial: the difference of the two means over twice the common standard deviation.
     correlation = float(logs[:pairs].mean() - logs[pairs:].mean()) / (2 * spread) if spread else 0.0
-    return {"accuracy": won, "interval": _wilson(won, pairs), "correlation": correlation}
-
-
-def _wilson(share: float, count: int) -> list[float]:
-    """95 % interval of a share (Wilson 1927)."""
-    z = 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    return {"accuracy": won, "interval": list(wilson_interval(won, pairs)), "correlation": correlation}
 
 
 def _lengths(columns: Columns, rows: Rows) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]  # role and content, and what else the chat template reads (tool_calls, name, ...)
@@ -38,7 +38,6 @@ class Pair:
     rejected: Turns
     tools: list[dict[str, Any]] | None = None
     scores: tuple[float, float] | None = None  # of chosen and rejected, where the source tells them
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def messages(value: Any, what: str, default_role: str) -> list[Message]:
