@@ -33,7 +33,7 @@ sys.path[:0] = [
 ]  # run as a script, uninstalled
 
 from bench.record import write  # noqa: E402
-from bench.variants import Bench  # noqa: E402
+from bench.variants import AUTO, Bench  # noqa: E402
 from bench.workloads import FILES, PAIRS_PER_STEP, SHAPES, SHARED, WORKLOADS, matmul_rate, rows_of  # noqa: E402
 from dpo_lora.engine.batching import is_out_of_memory  # noqa: E402
 
@@ -42,7 +42,7 @@ ABLATIONS = {
     "no by-hand layers, sdpa": {"layers": "plain", "kernel": "sdpa"},
     "recompute": {"recompute": True},
     "no statistics": {"statistics": ()},
-    "no lanes (rows one by one)": {"lanes": 1, "budget": 1280},
+    "no lanes (rows one by one)": {"lanes": 1},
     "no budget": {"budget": None},
     "products by the other library": {"other_products": True},  # oneDNN on Intel's processors, BLAS elsewhere
 }
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budget", type=int, default=2560, help="tokens per micro-batch; 0: no limit")
+    parser.add_argument("--budget", type=int, default=AUTO, help="tokens per micro-batch; -1: as in training; 0: none")
     parser.add_argument("--tuned-sizes", type=int, nargs="+", default=[2, 4, 8], help="tried for stock-tuned")
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP)

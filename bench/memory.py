@@ -21,7 +21,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "src")]
 
 from bench.record import write  # noqa: E402
-from bench.variants import Bench  # noqa: E402
+from bench.variants import AUTO, Bench  # noqa: E402
 from bench.workloads import PAIRS_PER_STEP, SHAPES, WORKLOADS, make_rows  # noqa: E402
 
 WAYS = {
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--budget", type=int, default=2560, help="tokens per micro-batch; 0: no limit")
+    parser.add_argument("--budget", type=int, default=AUTO, help="tokens per micro-batch; -1: as in training; 0: none")
     parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)

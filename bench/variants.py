@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from dpo_lora.engine.forward import PackedForward
 
 
+AUTO = -1  # as budget: what the product takes by itself
+
+
 @contextmanager
 def library(onednn: bool):
     """The engine's float32 products by oneDNN or by torch's BLAS."""
@@ -130,20 +133,21 @@ class Bench:
             return self.epoch(cut, cached=True)
 
     def ours(
-        self, cached: bool, budget: int | None = -1, other_products: bool = False, **engine
+        self, cached: bool, budget: int | None = AUTO, other_products: bool = False, **engine
     ) -> tuple[float, list[float]]:
         from dpo_lora.engine.batching import common_opening, cut, pair_tokens
         from dpo_lora.engine.forward import PackedForward
         from dpo_lora.engine.products import by_onednn
 
-        budget = self.budget if budget == -1 else budget
-        lanes = self.lanes(engine.get("lanes"))
+        packed = PackedForward(self.model, **engine)
+        lanes = packed.lanes_here()
+        budget = self.budget if budget == AUTO else budget
+        budget = self.auto_budget(packed) if budget == AUTO else budget
         steps = []
         for step in self.steps():
             opening = common_opening([self.rows[i]["prompt_ids"] for i in step])
             micros = cut([pair_tokens(self.rows[i]) for i in step], budget, opening=opening, lanes=lanes)
             steps.append([[step[i] for i in m.pairs] for m in micros])
-        packed = PackedForward(self.model, **engine)
         packed.install()
         try:
             with self.checkpointing(False), library(by_onednn() is not other_products):
@@ -153,15 +157,15 @@ class Bench:
         finally:
             packed.detach()
 
-    def lanes(self, asked: int | None) -> int:
-        """As many as were asked for, or as the product takes here."""
-        from dpo_lora.engine.lanes import lanes_here
+    def auto_budget(self, packed: PackedForward) -> int:
+        """Tokens in memory at a time that train.tokens_per_batch=auto starts from."""
+        from dpo_lora.dpo.engines import CPU_TOKENS, GPU_TOKENS
 
-        return asked or lanes_here(torch.device(self.device))
+        return GPU_TOKENS[0] if self.device == "cuda" else packed.lanes_here() * CPU_TOKENS
 
     def own_reference(self, packed: PackedForward) -> float:
         """The engine's reference pass over all rows, as a run with an empty cache makes it; seconds it took."""
-        from dpo_lora.dpo.engines import CPU_TOKENS, GPU_TOKENS
+        from dpo_lora.dpo.engines import GPU_TOKENS
         from dpo_lora.engine.batching import TokenBudget
         from dpo_lora.engine.reference_cache import sequence_log_probs
         from dpo_lora.engine.reference_pass import reference_pass
@@ -171,9 +175,9 @@ class Bench:
             for row in self.rows
         ]
         began = self.now()
-        lanes = self.lanes(packed.lanes)
-        budget = GPU_TOKENS if self.device == "cuda" else (lanes * CPU_TOKENS, lanes * CPU_TOKENS)
-        compute = reference_pass(packed, TokenBudget(*budget, lanes=lanes))
+        start = self.auto_budget(packed)
+        ceiling = GPU_TOKENS[1] if self.device == "cuda" else start
+        compute = reference_pass(packed, TokenBudget(start, ceiling, lanes=packed.lanes_here()))
         with self.autocast():
             computed = compute(tokens)
         for row, values in zip(self.rows, computed, strict=True):

@@ -83,6 +83,10 @@ def test_rows_side_by_side_train_the_same_adapter(
 ) -> None:
     """On two threads, through reference, training and scores; twice to the same bits."""
     monkeypatch.setattr(lanes, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(lanes, "MOST_WAITING", 2.0)
+    divided = lanes.divided
+    rows: list[int] = []
+    monkeypatch.setattr(lanes, "divided", lambda *a: rows.append(len(found := divided(*a))) or found)
     threads = torch.get_num_threads()
     one = cli("train", *tiny_overrides, *FAST, "train.threads=1").run
     try:
@@ -92,6 +96,7 @@ def test_rows_side_by_side_train_the_same_adapter(
     finally:
         torch.set_num_threads(threads)
     assert [RunDir(run).manifest()["engine"]["lanes"] for run in (one, two)] == [1, 2]
+    assert rows and set(rows) == {2}
     assert_close(one, two)
     assert_same_bits(two, again)
 

@@ -15,7 +15,6 @@ from dpo_lora.dpo.rows import PairTokens, ReferenceRows, lengths
 from dpo_lora.engine.batching import TokenBudget, why_inseparable
 from dpo_lora.engine.eligibility import Verdict, judge
 from dpo_lora.engine.forward import PackedForward
-from dpo_lora.engine.lanes import lanes_here
 from dpo_lora.engine.proofs import Proofs
 from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens, scope_of, sequence_log_probs
 from dpo_lora.engine.reference_pass import fingerprint_adapter, fingerprint_config, reference_pass
@@ -85,12 +84,11 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     packed = PackedForward(trainer.model, statistics, **kernel, recompute=train.recomputes)
     packed.install()
     with trainer.accelerator.autocast():
-        written_out = packed.writes_out()
+        layers = "written out" if packed.writes_out() else "the model's"
+        lanes = packed.lanes_here()
     when = " (checked by an earlier run)" if verdict.known else ""
     difference = verdict.difference
     log.info("Pair packing: attention %s; probe differs by %.1e from stock%s.", packed.attention, difference, when)
-    layers = "written out" if written_out else "the model's"
-    lanes = lanes_here(trainer.args.device) if written_out else 1
     return EngineChoice(packed, None, difference, layers, lanes, verdict.known)
 
 

@@ -50,12 +50,14 @@ class StepMemory:
 
     def save(self, checkpoint: Path) -> None:
         budget = {"tokens": self.budget.tokens, "ceiling": self.budget.ceiling, "clean": self.budget.clean}
-        write_json(checkpoint / _FILE, {"device": self._device, "budget": budget, "relief": self.relief.taken})
+        known = {"device": self._device, "lanes": self.budget.lanes, "budget": budget, "relief": self.relief.taken}
+        write_json(checkpoint / _FILE, known)
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on from what a checkpoint carries, unless it was written beside another device's memory."""
+        """Go on from what a checkpoint carries, unless it was written beside another device's memory, or for another
+        number of rows at once."""
         file = checkpoint / _FILE
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if known.get("device") == self._device:
+        if (known.get("device"), known.get("lanes")) == (self._device, self.budget.lanes):
             vars(self.budget).update(known["budget"])
             self.relief.take_again(known["relief"])

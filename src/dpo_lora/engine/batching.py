@@ -72,13 +72,14 @@ def common_opening(prompts: Sequence[list[int]]) -> int:
 def cut(
     sizes: Sequence[int], tokens_per_batch: int | None, whole: bool = False, opening: int = 0, lanes: int = 1
 ) -> list[MicroBatch]:
-    """Cut one step's pairs into as few micro-batches as the budget allows, evenly filled.
+    """Cut one step's pairs into few micro-batches within the budget, evenly filled.
 
     sizes: row positions of each pair (`pair_tokens`). A pair larger than the budget gets its own micro-batch.
     With tokens_per_batch None, or whole (a loss that is not separable), all pairs stay together.
     opening: tokens counted in each of the sizes that a row holds once (`common_opening`). Its keys are gathered for
     each pair, which takes about a sixteenth of the memory that as many positions take.
-    lanes: rows that are computed at once (`lanes.py`); a micro-batch has pairs that fill as many alike.
+    lanes: rows that are computed at once (`lanes.py`). A micro-batch takes as long as the longest of them, so its pairs
+    fill them alike; there may be a few more micro-batches for it than the budget asks for.
     Deterministic: pairs are shared out evenly (`evenly`), the number of micro-batches raised until all fit.
     """
     count = len(sizes)
@@ -88,7 +89,7 @@ def cut(
         raise UserError(f"tokens_per_batch is {tokens_per_batch}; give a positive number of tokens, or None")
     sizes = [size - opening + opening // 16 for size in sizes]
     total = sum(sizes)
-    if whole or tokens_per_batch is None or total <= (budget := max(1, tokens_per_batch - lanes * opening)):
+    if whole or tokens_per_batch is None or total <= (budget := max(1, tokens_per_batch - opening)):
         return [MicroBatch(tuple(range(count)), total)]
     for number in range(min(count, -(-total // budget)), count + 1):
         groups = [MicroBatch(tuple(g), sum(sizes[i] for i in g)) for g in evenly(sizes, lanes * number)]
@@ -158,7 +159,7 @@ class TokenBudget:
         while True:
             batches = cut(sizes, self.tokens, whole, opening, self.lanes)
             # A small step does not fill the budget: what did not fit is what was there.
-            tokens = min(self.tokens, self.lanes * opening + max(batch.tokens for batch in batches))
+            tokens = min(self.tokens, opening + max(batch.tokens for batch in batches))
             try:
                 result = step(batches)
             except Exception as error:

@@ -14,7 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from dpo_lora.engine.attention import attach, default_kernel, packed_rows
 from dpo_lora.engine.decoder import read_layers, run_decoder
 from dpo_lora.engine.head import STATISTICS, HeadRule, token_scores
-from dpo_lora.engine.lanes import lanes_for, score_in_lanes
+from dpo_lora.engine.lanes import lanes_for, lanes_here, score_in_lanes
 from dpo_lora.engine.packing import PairPlan, plan_batch
 
 
@@ -31,7 +31,8 @@ class PackedForward:
     kernel: name from attention.KERNELS, None for the default of the model's device and dtype.
     layers: "auto" runs the backbone by `decoder.py` where that is possible, "plain" never does.
     recompute: of the layers run by `decoder.py`, keep only the inputs for the backward pass.
-    lanes: how many rows `decoder.py` makes of one and runs at once (`lanes.py`); None: as many as pay.
+    lanes: how many rows a row is divided into that `decoder.py` runs at once on a CPU (`lanes.py`); None: as many as
+        pay.
     """
 
     def __init__(
@@ -71,6 +72,11 @@ class PackedForward:
     def writes_out(self) -> bool:
         """Whether `decoder.py` runs the layers, in the present state of the model (and of autocast)."""
         return self._may_write_out and read_layers(self.base.base_model) is not None
+
+    def lanes_here(self) -> int:
+        """How many rows are computed at once, in the present state of the model, where they are long enough."""
+        device = self.base.get_input_embeddings().weight.device
+        return (self.lanes or lanes_here(device)) if self.writes_out() else 1
 
     @property
     def _may_write_out(self) -> bool:
@@ -131,8 +137,7 @@ class PackedForward:
             scores = token_scores(hidden, head, row.head_labels, rule, statistics)
             return tuple(scores[name] for name in names)
 
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        values = score_in_lanes(score, plan, self.lanes or lanes_for(plan), trained)
+        values = score_in_lanes(score, plan, self.lanes or lanes_for(plan), self.model.parameters())
         return dict(zip(names, values, strict=True)), None
 
     def _entry_states(self, plan: PairPlan, router_logits: bool) -> tuple[Tensor, tuple | None]:

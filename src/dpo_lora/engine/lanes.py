@@ -7,7 +7,8 @@ their own, each in a thread that goes through all layers by itself, meet twice a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -26,19 +27,22 @@ Result = TypeVar("Result")
 Score = Callable[[PairPlan], tuple[Tensor, ...]]
 
 LANES = 2
+"""Rows at once: what was measured, on two cores."""
 LEAST_TOKENS = 256
 """Positions of a row that is worth a lane of its own."""
+MOST_WAITING = 1.1
+"""Lanes times the longest of their rows, over the whole row: the lanes give back a little more than that."""
 
 
 def lanes_here(device: torch.device) -> int:
-    """How many lanes this device has, by the threads that torch may use now."""
-    return LANES if device.type == "cpu" and torch.get_num_threads() >= LANES else 1
+    """How many lanes this device has, by the threads that torch may use now.
 
-
-def lanes_for(plan: PairPlan) -> int:
-    """How many lanes pay for this row, here and now."""
-    lanes = lanes_here(plan.input_ids.device)
-    return lanes if plan.tokens >= lanes * LEAST_TOKENS else 1
+    New threads inherit the processors of the one that makes them: a caller that is bound to a few (`OMP_PROC_BIND`)
+    has no lanes.
+    """
+    threads = torch.get_num_threads()
+    bound = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < threads
+    return LANES if device.type == "cpu" and threads % LANES == 0 and not bound else 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,16 @@ class Lane:
 
     row: PairPlan
     entries: Tensor
+
+
+def lanes_for(plan: PairPlan) -> int:
+    """How many lanes pay for this row, here and now: none where one pair is most of it, or the opening, which each lane
+    computes."""
+    lanes = lanes_here(plan.input_ids.device)
+    lengths = [sum(segment) for segment in plan.segments]
+    longest = plan.opening + max(sum(lengths[i] for i in pairs) for pairs in evenly(lengths, lanes))
+    pays = plan.tokens >= lanes * LEAST_TOKENS and lanes * longest <= MOST_WAITING * plan.tokens
+    return lanes if pays else 1
 
 
 def divided(plan: PairPlan, lanes: int) -> list[Lane]:
@@ -84,17 +98,18 @@ def _numbered(chosen: Tensor, count: int) -> Tensor:
     return places
 
 
-def score_in_lanes(score: Score, plan: PairPlan, lanes: int, trained: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def score_in_lanes(score: Score, plan: PairPlan, lanes: int, parameters: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """What ``score`` says of the row's head entries, found in as many rows as there are lanes, at once.
 
     Args:
         score: row -> tensors [N] of its head entries, the first of them with a gradient. Called in several threads.
-        trained: the parameters that the gradient reaches; no other gets one.
+        parameters: all that a gradient can reach.
     """
     if min(lanes, len(plan.segments)) == 1:
         return score(plan)
     parts = divided(plan, lanes)
-    if torch.is_grad_enabled() and trained:
+    trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
+    if trained:
         results: tuple[Tensor, ...] = _Lanes.apply(score, parts, *trained)
         return results
     return _joined(_at_once(score, [lane.row for lane in parts]), parts)
@@ -148,19 +163,19 @@ def _joined(results: list[tuple[Tensor, ...]], lanes: list[Lane]) -> tuple[Tenso
 
 
 def _at_once(work: Callable[[Given], Result], given: Sequence[Given]) -> list[Result]:
-    """The work on each of what is given, in a thread of its own on an equal share of torch's threads.
+    """The work on each of what is given, at once, each on an equal share of torch's threads.
 
     Threads are new each time: a process that forks in between has none to miss, and a start takes a tenth of a
-    millisecond. What is raised in one of them is raised here once all are done.
+    millisecond. What is raised in one of them, or meanwhile by a signal, is raised here once all are done.
     """
-    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    threads, recording = torch.get_num_threads(), torch.is_grad_enabled()
 
     def start() -> None:
         torch.set_num_threads(max(1, threads // len(given)))
-        torch.set_grad_enabled(gradients)
+        torch.set_grad_enabled(recording)
 
     try:
         with ThreadPoolExecutor(len(given), "lane", start) as pool:
             return list(pool.map(work, given))
     finally:
-        torch.set_num_threads(threads)  # a lane's share became the default of threads still to come
+        torch.set_num_threads(threads)  # a lane's share had become the default of new threads
