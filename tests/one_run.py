@@ -23,6 +23,7 @@ def tiny_words(model: Path, pairs: Path, outputs: Path) -> list[str]:
         "train.micro_batch=4",
         "train.max_steps=4",
         "train.save_every=2",
+        "eval.report=false",  # drawing it takes as long as all else; tests/reports asks for it
         "tracking=none",
         f"outputs={outputs}",
     ]

@@ -71,11 +71,11 @@ def test_a_kernel_that_was_asked_for_is_used(cli: CommandLine, tiny_overrides: l
     assert_close(*runs)
 
 
-@pytest.mark.parametrize("cut", ["train.tokens_per_batch=1", "train.tokens_per_batch=150", "train.micro_batch=1"])
-def test_the_cut_does_not_change_the_result(cli: CommandLine, tiny_overrides: list[str], cut: str) -> None:
+def test_the_cut_does_not_change_the_result(cli: CommandLine, tiny_overrides: list[str]) -> None:
     words = [w for w in tiny_overrides if not w.startswith("train.micro_batch")]
     whole = cli("train", *words, *FAST, "train.tokens_per_batch=100000").run
-    assert_close(whole, cli("train", *words, *FAST, cut).run)
+    for cut in ("train.tokens_per_batch=1", "train.tokens_per_batch=150", "train.micro_batch=1"):
+        assert_close(whole, cli("train", *words, *FAST, cut).run)
 
 
 def test_rows_side_by_side_train_the_same_adapter(

@@ -15,7 +15,7 @@ from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import RunDir
 from harness import CommandLine
 
-FAST = ["train.learning_rate=1e-2", "train.max_steps=2", "eval.samples=0", "eval.report=false"]
+FAST = ["train.learning_rate=1e-2", "train.max_steps=2", "eval.samples=0"]
 
 
 def bits(run: Path) -> dict[str, torch.Tensor]:

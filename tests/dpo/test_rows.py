@@ -119,7 +119,7 @@ def many_pairs(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
     """The tiny command line over pairs of which its steps read few."""
     file = tmp_path / "many.jsonl"
     file.write_text("".join(json.dumps(make_pair(n)) + "\n" for n in range(480)), encoding="utf-8")
-    return [*tiny_overrides, f"data.path={file}", "data.max_heldout=8", "eval.samples=0", "eval.report=false"]
+    return [*tiny_overrides, f"data.path={file}", "data.max_heldout=8", "eval.samples=0"]
 
 
 def computed(run: Path) -> int:

@@ -175,7 +175,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(cli: CommandLine, 
 
 
 def test_held_out_rows_leave_the_averages_of_training_alone(cli: CommandLine, tiny_overrides: list[str]) -> None:
-    words = (*tiny_overrides, LEARNS, "train.max_steps=6", "eval.samples=0", "eval.report=false")
+    words = (*tiny_overrides, LEARNS, "train.max_steps=6", "eval.samples=0")
     each = cli("train", *words, "train.log_every=1").run
     third = cli("train", *words, "train.log_every=3", "eval.every=2").run
     steps = [row for row in read_jsonl(each / "metrics.jsonl") if "loss" in row]
@@ -208,7 +208,7 @@ def test_answers_that_do_not_fit_are_asked_for_fewer_at_a_time(
 ) -> None:
     import torch
 
-    words = (*tiny_overrides, LEARNS, "eval.samples=3", "eval.sample_tokens=4", "eval.report=false")
+    words = (*tiny_overrides, LEARNS, "eval.samples=3", "eval.sample_tokens=4")
     whole = list(read_jsonl(cli("train", *words).run / "samples.jsonl"))
     continuations, fit = samples.continuations, [2]
 

@@ -53,7 +53,7 @@ def finished(tiny_model: Path, pairs_file: Path, tmp_path_factory: pytest.TempPa
     base = Path(shutil.copytree(tiny_model, folder / "base"))
     licence = "license: other\nlicense_name: tiny-research\nlicense_link: https://example.org/licence"
     (base / "README.md").write_text(f"---\n{licence}\n---\nA model.\n")
-    return one_run(base, pairs_file, folder, "eval.every=2", "train.learning_rate=1e-2")
+    return one_run(base, pairs_file, folder, "eval.every=2", "train.learning_rate=1e-2", "eval.report=true")
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_the_data_section_says_what_lint_found(cli: CommandLine, tiny_overrides:
     file = tmp_path / "faulty.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = (f"data.path={file}", "data.drop=[exact_duplicate]", "eval.samples=0")
-    run = cli("train", *tiny_overrides, *words).run
+    run = cli("train", *tiny_overrides, *words, "eval.report=true").run
     lint = json.loads((run / "lint.json").read_text())
     text = (run / "report.html").read_text()
     text = re.sub(r"<[^>]+>", "", text[text.index("<h2>Data") : text.index("<h2>Settings")])
@@ -113,7 +113,7 @@ def test_a_run_that_fails_in_training_says_where_why_and_how_to_go_on(
 ) -> None:
     run = RunDir(tmp_path / "burst run")
     words = ("train.learning_rate=1e30", "train.max_grad_norm=1e30", "train.warmup=0", "train.save_every=1")
-    assert cli("train", *tiny_overrides, *words, f"run_dir={run}").code == 2
+    assert cli("train", *tiny_overrides, *words, "eval.report=true", f"run_dir={run}").code == 2
     last = max(row["step"] for row in read_jsonl(run.metrics_file))
     text = run.report_file.read_text()
     top = text[: text.index("<h2>What the numbers say")]
@@ -144,7 +144,7 @@ def test_a_run_that_fails_in_training_says_where_why_and_how_to_go_on(
 
 
 def test_a_failed_run_has_a_report_with_its_reason(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:
-    done = cli("train", *tiny_overrides, "lora.targets=[nonsense]")
+    done = cli("train", *tiny_overrides, "eval.report=true", "lora.targets=[nonsense]")
     assert done.code == 2
     [page] = (tmp_path / "outputs").glob("*/report.html")
     text = page.read_text()

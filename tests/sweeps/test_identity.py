@@ -211,7 +211,7 @@ def test_what_trials_share_is_prepared_once(cli: CommandLine, world: World, swee
 
 def test_another_launcher_is_hydras_own(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:
     """With the basic launcher a sweep is what Hydra makes of it: numbered folders, all in one process."""
-    words = [*tiny_overrides, "hydra/launcher=basic", "lora.r=2,4", "eval.samples=0", "eval.report=false"]
+    words = [*tiny_overrides, "hydra/launcher=basic", "lora.r=2,4", "eval.samples=0"]
     done = cli("train", "-m", *words)
     assert done.code == 0, done.err
     assert sorted(p.parent.name for p in (tmp_path / "outputs").glob("*/*/adapter_model.safetensors")) == ["0", "1"]

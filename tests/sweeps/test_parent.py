@@ -69,7 +69,7 @@ def test_a_trial_that_was_cut_off_goes_on_from_its_checkpoint(
     cli: CommandLine, world: World, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [*tiny_overrides, "eval.samples=0", "eval.report=false"]
+    words = [*tiny_overrides, "eval.samples=0"]
     parent = cli("train", *words, "eval.before=false").run
     world.kill_after = 0  # its trial is composed, and never begins
     with pytest.raises(Killed):

@@ -13,7 +13,7 @@ TRIAL = "[0-9a-f]" * 16
 
 
 def test_eight_trials_make_one_reference_pass(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:
-    words = [*tiny_overrides, "eval.samples=0", "eval.report=false"]
+    words = [*tiny_overrides, "eval.samples=0"]
     varied = ["dpo.beta=0.05,0.1", "train.learning_rate=1e-3,2e-3", "lora.r=2,4"]
     done = cli("train", "-m", *words, *varied, "sweep.slots=2")
     assert done.code == 0, done.err

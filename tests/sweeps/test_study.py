@@ -31,7 +31,7 @@ def test_killed_and_resumed_equals_undisturbed(tiny_overrides: list[str], tmp_pa
         "train", "-m", *(o for o in tiny_overrides if not o.startswith("outputs=")),
         "hydra/sweeper=study-pruned", f"hydra.sweeper.trials={TRIALS}", "hydra.sweeper.startup_trials=3",
         "sweep.slots=1", "sweep.objectives=[margin]", "eval.every=2", "train.max_steps=6", "eval.samples=0",
-        "eval.report=false", "dpo.beta=tag(log,interval(0.01,1))", "train.learning_rate=tag(log,interval(1e-5,1e-2))",
+        "dpo.beta=tag(log,interval(0.01,1))", "train.learning_rate=tag(log,interval(1e-5,1e-2))",
     ]  # fmt: skip
 
     def start(name: str) -> subprocess.Popen[bytes]:

@@ -22,7 +22,7 @@ def _start(words: list[str]) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_started_in_the_same_second(tiny_overrides: list[str], tmp_path: Path) -> None:
-    words = [*tiny_overrides, "sweep.slots=1", "eval.samples=0", "eval.report=false", "dpo.beta=0.05,0.1"]
+    words = [*tiny_overrides, "sweep.slots=1", "eval.samples=0", "dpo.beta=0.05,0.1"]
     same, twin, other = _start(words), _start(words), _start([*words, "lora.r=2"])
     ended = {p: (*p.communicate(timeout=300), p.returncode) for p in (same, twin, other)}
     refused = [p for p in (same, twin) if ended[p][2] == 2]

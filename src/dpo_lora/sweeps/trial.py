@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from dpo_lora import objectives
 from dpo_lora.files import write_json
 from dpo_lora.rundir import FINISHED, INTERRUPTED, RUNNING, RunDir
 from dpo_lora.schema import RunSettings
-from dpo_lora.settings import fingerprint, from_plain, plain
+from dpo_lora.settings import fingerprint, plain
 
 WAITING, PRUNED = "waiting", "pruned"
 
@@ -46,9 +46,8 @@ class Trial:
 
     @classmethod
     def of(cls, settings: RunSettings, sweep: Path, overrides: list[str], varied: dict[str, str]) -> Trial:
-        values = plain(settings)
-        name = fingerprint(settings)
-        return cls(name, setting_id(values), settings.seed, varied, overrides, values, sweep / name)
+        name, setting = fingerprint(settings), fingerprint(replace(settings, seed=0))
+        return cls(name, setting, settings.seed, varied, overrides, plain(settings), sweep / name)
 
     @classmethod
     def read(cls, path: Path) -> Trial:
@@ -129,11 +128,6 @@ class Trial:
         if said == RUNNING and not live:
             return INTERRUPTED
         return said or WAITING
-
-
-def setting_id(settings: dict[str, Any]) -> str:
-    """The fingerprint of plain settings, blind to the seed: equal for repeats."""
-    return fingerprint(from_plain({**settings, "seed": 0}))
 
 
 def distinct(groups: list[list[Trial]]) -> list[Trial]:
