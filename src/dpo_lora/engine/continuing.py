@@ -18,7 +18,7 @@ from dpo_lora.engine.cpu_passes import normalise, rotate
 from dpo_lora.engine.decoder import read_layers
 from dpo_lora.engine.eligibility import read_facts
 from dpo_lora.engine.head import HeadRule
-from dpo_lora.engine.layer import LayerParts, Rotation
+from dpo_lora.engine.layer import LayerParts, Rotation, normalise_heads
 from dpo_lora.engine.lowrank import Group, project_down, watched
 from dpo_lora.engine.products import linear
 
@@ -97,6 +97,7 @@ class CachedSteps:
         normed, _ = normalise(x, first.attention_norm, first.epsilon)
         count = len(seen)
         q, k, v = (y.view(len(x), -1, first.head_dim) for y in _project(normed, [p.qkv for p in parts]))
+        q, k, _ = normalise_heads(q, k, first)
         rotate(q, k, rotation.cos, rotation.sin, 1.0)
         q, k, v = (y.view(count, -1, *y.shape[1:]).transpose(1, 2) for y in (q, k, v))
         keys, values = self._keep(number, k, v)

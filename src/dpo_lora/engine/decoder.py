@@ -14,6 +14,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from dpo_lora.engine import cpu_passes, gpu_passes
 from dpo_lora.engine.layer import LayerParts, Rotation, run_layer
@@ -24,6 +25,7 @@ _FAMILIES = {
     "Llama": modeling_llama,
     "Mistral": modeling_mistral,
     "Qwen2": modeling_qwen2,
+    "Qwen3": modeling_qwen3,
 }
 
 
@@ -84,6 +86,7 @@ def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts
             head_dim=layer.self_attn.head_dim,
             scale=layer.self_attn.scaling,
             passes=passes,
+            head_norms=tuple(norm.weight for norm in _head_norms(layer.self_attn)),
             recompute=recompute,
         )
         for layer, projections in zip(layers, read, strict=True)
@@ -95,6 +98,11 @@ def _is_norm(module: nn.Module, family: str) -> bool:
     return type(module) is expected and not module.weight.requires_grad and not watched(module)
 
 
+def _head_norms(attention: nn.Module) -> list[nn.Module]:
+    """The norms of q's and of k's heads, where there are any."""
+    return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+
+
 def _read_layer(layer: nn.Module, family: str, passes: ModuleType) -> list[Projection] | None:
     """q, k, v, output, gate, up and down, or None if the layer is not exactly as expected."""
     module = _FAMILIES[family]
@@ -104,7 +112,8 @@ def _read_layer(layer: nn.Module, family: str, passes: ModuleType) -> list[Proje
         return None
     if watched(*kinds) or not isinstance(mlp.act_fn, SiLUActivation | nn.SiLU):
         return None
-    if not (_is_norm(layer.input_layernorm, family) and _is_norm(layer.post_attention_layernorm, family)):
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention)]
+    if not all(_is_norm(norm, family) for norm in norms):
         return None
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     linears = [*(getattr(attention, n) for n in names), mlp.gate_proj, mlp.up_proj, mlp.down_proj]

@@ -1,11 +1,11 @@
-"""One pre-norm decoder layer (Llama, Mistral, Qwen2) as one autograd function over a packed row.
+"""One pre-norm decoder layer (Llama, Mistral, Qwen2, Qwen3) as one autograd function over a packed row.
 
     x2 = x + o_proj(attention(rope(qkv(norm(x)))))        x3 = x2 + down(silu(gate(n)) * up(n)),  n = norm(x2)
 
 Eager autograd walks about sixty passes over [T, hidden] and [T, intermediate] a layer, each through memory.
 Written out, what is not a matrix product shrinks to a dozen passes, and only what backward needs is
 kept: the layer's input, the rotated q, keys and values, the attention output, the middle residual, gate and up, and the
-narrow LoRA products.
+narrow LoRA products. Qwen3 has a norm of each head of q and k before the rotation: there q and k as projected, too.
 
 Those passes are `cpu_passes`, which work in place, or `gpu_passes`, which are compiled.
 """
@@ -26,6 +26,7 @@ from dpo_lora.engine.packing import PairPlan
 class LayerParts:
     """The parts of one layer. norm weights [hidden].
 
+    head_norms: the weights [head_dim] of the norms of q's and of k's heads, where the layer has them.
     adapters: the trained LoRA weights, of every projection down and up; None where it has none. The groups hold them
         in the format that products are made in.
     passes: `cpu_passes` or `gpu_passes`.
@@ -42,6 +43,7 @@ class LayerParts:
     head_dim: int
     scale: float
     passes: ModuleType
+    head_norms: tuple[Tensor, ...] = ()
     recompute: bool = False
 
 
@@ -82,6 +84,7 @@ def _forward(x, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows: Ten
     normed, inverse1 = passes.normalise(x, parts.attention_norm, parts.epsilon)
     qkv, low_qkv = project(normed, parts.qkv)
     q, k, v = (y.view(len(x), -1, parts.head_dim) for y in qkv)
+    q, k, heads = normalise_heads(q, k, parts)
     q, k = passes.rotate(q, k, rotation.cos, rotation.sin, 1.0)
     keys, values = passes.gathered(k, v, plan)
     del qkv, k, v
@@ -96,13 +99,13 @@ def _forward(x, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows: Ten
     else:
         [out], low_down = project(active, parts.down, start=middle)
     lows = (low_qkv, low_out, low_gate_up, low_down)
-    return out, (inverse1, q, keys, values, attended, levels, middle, inverse2, gate, up, *lows)
+    return out, (inverse1, q, keys, values, attended, levels, middle, inverse2, gate, up, *lows, *heads)
 
 
 def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows, need_input: bool):
     passes = parts.passes
-    inverse1, q, keys, values, attended, levels, middle, inverse2, gate, up, *lows = kept
-    low_qkv, low_out, low_gate_up, low_down = lows
+    inverse1, q, keys, values, attended, levels, middle, inverse2, gate, up, *rest = kept
+    low_qkv, low_out, low_gate_up, low_down, *heads = rest
     # the MLP's inside is made again, it costs one pass and is as wide as gate
     active, slope = passes.gated_again(gate, up)
     d_active, down_grads = project_backward([grad], active, low_down, parts.down)
@@ -121,6 +124,7 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     d_q, d_keys, d_values = passes.attend_backward(d_attended, q, keys, values, attended, levels, plan, parts.scale)
     d_k, d_v = passes.put_back(d_keys, d_values, plan)
     d_q, d_k = passes.rotate(d_q, d_k, rotation.cos, rotation.sin, -1.0)
+    d_q, d_k = _heads_backward(d_q, d_k, heads, parts)
     normed = passes.normalise_again(x, inverse1, parts.attention_norm)
     d_qkv = [d.reshape(len(x), -1) for d in (d_q, d_k, d_v)]
     d_normed, qkv_grads = project_backward(d_qkv, normed, low_qkv, parts.qkv, need_input)
@@ -128,6 +132,31 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     if d_normed is not None:
         dx = passes.normalise_backward(d_normed, x, inverse1, parts.attention_norm, d_middle)
     return dx, [*qkv_grads, *out_grads, *gate_up_grads, *down_grads]
+
+
+def normalise_heads(q: Tensor, k: Tensor, parts: LayerParts) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """q and k [T, heads, head_dim] after the norm of each head, where the layer has one; and what `_heads_backward`
+    wants."""
+    if not parts.head_norms:
+        return q, k, ()
+    normed, kept = [], []
+    for heads, weight in zip((q, k), parts.head_norms, strict=True):
+        x = heads.reshape(-1, parts.head_dim)
+        out, inverse = parts.passes.normalise(x, weight, parts.epsilon)
+        normed.append(out.view(heads.shape))
+        kept += [x, inverse]
+    return normed[0], normed[1], tuple(kept)
+
+
+def _heads_backward(d_q: Tensor, d_k: Tensor, kept: list[Tensor], parts: LayerParts) -> tuple[Tensor, Tensor]:
+    """Gradients of `normalise_heads` for its q and k."""
+    if not parts.head_norms:
+        return d_q, d_k
+    grads = [
+        parts.passes.normalise_backward(grad.reshape(x.shape), x, inverse, weight, None).view(grad.shape)
+        for grad, x, inverse, weight in zip((d_q, d_k), kept[::2], kept[1::2], parts.head_norms, strict=True)
+    ]
+    return grads[0], grads[1]
 
 
 def _taken(x: Tensor, rows: Tensor | None) -> Tensor:
