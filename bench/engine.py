@@ -75,8 +75,8 @@ def run_workload(name: str, args: argparse.Namespace, dtype: torch.dtype) -> dic
     }
     if largest != best:
         variants["stock-largest"] = lambda: bench.tuned(largest)
-    if args.ablations:
-        variants |= {k: (lambda engine=engine: bench.ours(True, **engine)) for k, engine in ABLATIONS.items()}
+    for ablation in args.ablations or (ABLATIONS if args.ablations == [] else ()):
+        variants[ablation] = lambda engine=ABLATIONS[ablation]: bench.ours(True, **engine)
     seconds, losses, rates = {k: [] for k in variants}, {}, []
     for _ in range(args.rounds):
         for key, run in variants.items():
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=AUTO, help="tokens per micro-batch; -1: as in training; 0: none")
     parser.add_argument("--tuned-sizes", type=int, nargs="+", default=[2, 4, 8], help="tried for stock-tuned")
-    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--ablations", nargs="*", choices=ABLATIONS, help="which; without a name: all")
     parser.add_argument("--pairs-per-step", type=int, default=PAIRS_PER_STEP)
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of the pairs of 'helpful' and 'polite'")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -185,7 +185,8 @@ def main() -> None:
     print_table(results)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "shared")}
     step = "" if args.pairs_per_step == PAIRS_PER_STEP else f"-{args.pairs_per_step}"
-    path = args.out / f"engine-{args.device}{step}-{'-'.join(args.workload)}.json"
+    shape = "" if args.shape == parser.get_default("shape") else f"-{args.shape}"
+    path = args.out / f"engine-{args.device}{shape}{step}-{'-'.join(args.workload)}.json"
     write(path, args.device, {"settings": settings, "results": results})
 
 

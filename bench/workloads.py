@@ -50,6 +50,32 @@ SHAPES = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "gemma-3-1b": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "sliding_window": 512,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -121,7 +147,7 @@ def make_trainer(shape: str, rows: list[dict], folder: str, device: str, dtype: 
             return dataset
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SHAPES[shape])
+    config = transformers.AutoConfig.for_model(**{"model_type": "llama", **SHAPES[shape]})
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(8)}, unk_token="t0"))

@@ -36,7 +36,7 @@ def own(model: torch.nn.Module, adapters: tuple[str, ...], ids: torch.Tensor, ma
 
 
 @pytest.mark.parametrize("adapters", [(), ("default", BASE), ("default", "ref")], ids=["as it is", "base", "two"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
 def test_logits_are_those_of_a_whole_pass(name: str, adapters: tuple[str, ...]) -> None:
     model = adapted(name)
     copies = max(1, len(adapters))

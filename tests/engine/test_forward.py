@@ -81,7 +81,7 @@ def test_pairs_that_begin_alike_are_cut_as_stock_cuts_them(options, tmp_path):
     compare(worlds.model("llama"), worlds.pairs(5, opening=15), tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
 @pytest.mark.parametrize(
     ("engine", "opening"), [({"layers": "plain"}, 0), ({"recompute": True}, 0), ({"recompute": True}, 15)], ids=str
 )

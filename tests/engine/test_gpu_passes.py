@@ -35,7 +35,7 @@ def as_on_gpu(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
 @pytest.mark.parametrize("opening", [0, 15])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_layers_equal_trl(as_on_gpu, recompute, opening, name, tmp_path):

@@ -71,7 +71,7 @@ def test_loss_metrics_and_gradients_are_stocks(engine, opening, threads, tmp_pat
     assert len(seen) >= 2 and all(name.startswith("lane") for name, _ in seen)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "gemma3"])
 def test_other_architectures(name, tmp_path):
     compare(worlds.model(name), worlds.pairs(5), tmp_path, engine={"lanes": 3})
 

@@ -75,7 +75,10 @@ def configs() -> dict[str, tf.PretrainedConfig]:
         "gemma2": tf.Gemma2Config(
             **_SHAPE, head_dim=8, sliding_window=64, final_logit_softcapping=5.0, attn_logit_softcapping=3.0
         ),
-        "gemma3": tf.Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=64),
+        # The two kinds of layers rotate by frequencies of their own.
+        "gemma3": tf.Gemma3TextConfig(
+            **_SHAPE, head_dim=8, sliding_window=64, layer_types=["sliding_attention", "full_attention"]
+        ),
         "olmo2": tf.Olmo2Config(**_SHAPE),
         "gpt2": tf.GPT2Config(
             vocab_size=VOCABULARY,

@@ -89,7 +89,7 @@ def test_float32_equals_trl(tmp_path):
     assert worlds.close(ours[1], stock[1]) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
 @pytest.mark.parametrize("engine", [{}, {"recompute": True}, {"layers": "plain"}], ids=str)
 def test_bfloat16_is_as_near_to_float32_as_trl_is(engine, name, tmp_path):
     noise = torch.zeros(2, dtype=torch.float64)  # of stock's gradients and of ours

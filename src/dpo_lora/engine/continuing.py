@@ -14,8 +14,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
-from dpo_lora.engine.cpu_passes import normalise, rotate
-from dpo_lora.engine.decoder import read_layers
+from dpo_lora.engine.cpu_passes import gated, normalise, rotate
+from dpo_lora.engine.decoder import final_norm, read_layers, rotations_of
 from dpo_lora.engine.eligibility import read_facts
 from dpo_lora.engine.head import HeadRule
 from dpo_lora.engine.layer import LayerParts, Rotation, normalise_heads
@@ -51,7 +51,7 @@ class CachedSteps:
         if not isinstance(base, PreTrainedModel):
             return None
         head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-        if type(head) is not nn.Linear or type(embedding) is not nn.Embedding or watched(head, embedding):
+        if type(head) is not nn.Linear or not isinstance(embedding, nn.Embedding) or watched(head, embedding):
             return None
         if head.bias is not None or head.weight.device.type != "cpu":
             return None
@@ -79,17 +79,15 @@ class CachedSteps:
         count, width = ids.shape
         before, self.length = self.length, self.length + width
         x = self.backbone.embed_tokens(ids)
-        cos, sin = self.backbone.rotary_emb(x, position_ids=positions)
-        half = cos.shape[-1] // 2
-        rotation = Rotation(*(each.flatten(0, 1)[:, None, :half].contiguous() for each in (cos, sin)))
+        rotations = rotations_of(self.backbone, [parts[0] for parts in self.layers], x, positions)
         query, key = torch.arange(before, self.length)[:, None], torch.arange(self.length)
         # A padding token sees itself: a row of the softmax without any key would be NaN and spread.
         seen = (mask.bool()[:, None, None] & (key <= query)) | (key == query)
         x = x.flatten(0, 1)
         for number, parts in enumerate(self.layers):
-            x = self._layer(x, parts, rotation, seen, number)
+            x = self._layer(x, parts, rotations[parts[0].kind], seen, number)
         last = x.view(count, width, -1)[:, -1]
-        normed, _ = normalise(last, self.backbone.norm.weight, self.backbone.norm.variance_epsilon)
+        normed, _ = normalise(last, *final_norm(self.backbone))
         return linear(normed, self.base.get_output_embeddings().weight)
 
     def _layer(self, x: Tensor, parts: tuple[LayerParts, ...], rotation: Rotation, seen: Tensor, number: int) -> Tensor:
@@ -105,11 +103,11 @@ class CachedSteps:
             q, keys, values, attn_mask=seen, scale=first.scale, enable_gqa=q.shape[1] != keys.shape[1]
         )
         attended = attended.transpose(1, 2).reshape(len(x), -1)
-        [middle] = _project(attended, [p.output for p in parts], start=x)
+        middle = _added(x, attended, [p.output for p in parts], first.output_norm, first.epsilon)
         normed, _ = normalise(middle, first.mlp_norm, first.epsilon)
         gate, up = _project(normed, [p.gate_up for p in parts])
-        [out] = _project(functional.silu(gate).mul_(up), [p.down for p in parts], start=middle)
-        return out
+        active = gated(gate, up, first.activation)
+        return _added(middle, active, [p.down for p in parts], first.down_norm, first.epsilon)
 
     def _keep(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new keys and values [N, key heads, t, head_dim] behind the earlier ones; all of them."""
@@ -121,6 +119,15 @@ class CachedSteps:
         for store, new in zip(kept, (keys, values), strict=True):
             store[:, :, self.length - keys.shape[2] : self.length] = new
         return kept[0][:, :, : self.length], kept[1][:, :, : self.length]
+
+
+def _added(x: Tensor, inner: Tensor, groups: list[Group], norm: Tensor | None, epsilon: float) -> Tensor:
+    """x + norm(group(inner)), [rows, hidden]."""
+    if norm is None:
+        [out] = _project(inner, groups, start=x)
+        return out
+    [y] = _project(inner, groups)
+    return normalise(y, norm, epsilon)[0].add_(x)
 
 
 def _project(x: Tensor, groups: list[Group], start: Tensor | None = None) -> list[Tensor]:

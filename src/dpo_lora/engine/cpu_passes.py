@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from dpo_lora.engine.flash_attention import attend, attend_backward
 from dpo_lora.engine.packing import PairPlan
@@ -70,18 +70,25 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple
     return q, k
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [T, intermediate]."""
-    return silu(gate).mul_(up)
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """silu(gate) * up, [T, intermediate]; with activation "gelu" its tanh form."""
+    return _activated(gate, activation).mul_(up)
 
 
-def gated_again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+def gated_again(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
     """`gated` for the backward pass, and what `gated_backward` can use of it."""
-    slope = silu(gate)
+    slope = _activated(gate, activation)
     return slope * up, slope
 
 
-def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, slope: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Gradients of `gated` for gate and up, made in place of ``grad`` and ``slope``."""
     d_up = slope.mul_(grad)
-    return torch.ops.aten.silu_backward(grad.mul_(up), gate), d_up
+    grad.mul_(up)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh"), d_up
+    return torch.ops.aten.silu_backward(grad, gate), d_up
+
+
+def _activated(gate: Tensor, activation: str) -> Tensor:
+    return gelu(gate, approximate="tanh") if activation == "gelu" else silu(gate)

@@ -6,11 +6,13 @@ pass, so a switched adapter, a merged weight or a new hook is seen.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUTanh, SiLUActivation
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
@@ -21,12 +23,63 @@ from dpo_lora.engine.layer import LayerParts, Rotation, run_layer
 from dpo_lora.engine.lowrank import Projection, prepared, read_projection, watched
 from dpo_lora.engine.packing import PairPlan
 
-_FAMILIES = {
-    "Llama": modeling_llama,
-    "Mistral": modeling_mistral,
-    "Qwen2": modeling_qwen2,
-    "Qwen3": modeling_qwen3,
-}
+
+@dataclass(frozen=True)
+class _Family:
+    """An architecture of the kind that `layer.py` computes, by the names of its classes and modules.
+
+    backbone, rest: what the classes' names begin with.
+    mlp_norm: a layer's norm before the MLP.
+    behind: the norms behind the attention's and the MLP's last projection, where there are any.
+    epsilon: a norm's field of that name.
+    centred: the norms' weights count from one.
+    by_kind: layers of different attention rotate by different frequencies.
+    """
+
+    module: ModuleType
+    backbone: str
+    rest: str
+    mlp_norm: str = "post_attention_layernorm"
+    behind: tuple[str, ...] = ()
+    activation: str = "silu"
+    epsilon: str = "variance_epsilon"
+    centred: bool = False
+    by_kind: bool = False
+
+    def made(self, part: nn.Module, kind: str) -> bool:
+        """Whether the part is exactly this family's ``kind``: "Model", "RMSNorm", "Attention", ..."""
+        return type(part) is getattr(self.module, (self.backbone if kind == "Model" else self.rest) + kind)
+
+    def norms(self, layer: nn.Module) -> list[nn.Module]:
+        """Before the attention and the MLP; behind them; of q's heads and of k's: as far as the layer has them."""
+        of_layer = [getattr(layer, name) for name in ("input_layernorm", self.mlp_norm, *self.behind)]
+        attention = layer.self_attn
+        return [*of_layer, *(getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name))]
+
+    def factors(self, norms: list[nn.Module]) -> list[Tensor]:
+        """What each norm multiplies by."""
+        weights = [norm.weight.detach() for norm in norms]
+        return list(torch._foreach_add(weights, 1.0)) if self.centred else weights
+
+
+_FAMILIES = (
+    _Family(modeling_llama, "Llama", "Llama"),
+    _Family(modeling_mistral, "Mistral", "Mistral"),
+    _Family(modeling_qwen2, "Qwen2", "Qwen2"),
+    _Family(modeling_qwen3, "Qwen3", "Qwen3"),
+    _Family(
+        modeling_gemma3,
+        "Gemma3Text",
+        "Gemma3",
+        mlp_norm="pre_feedforward_layernorm",
+        behind=("post_attention_layernorm", "post_feedforward_layernorm"),
+        activation="gelu",
+        epsilon="eps",
+        centred=True,
+        by_kind=True,
+    ),
+)
+_ACTIVATIONS = {"silu": (SiLUActivation, nn.SiLU), "gelu": (GELUTanh,)}
 
 
 def passes_for(weight: Tensor) -> ModuleType | None:
@@ -47,14 +100,33 @@ def run_decoder(backbone: nn.Module, layers: list[LayerParts], plan: PairPlan) -
     """Last hidden states [R, hidden] of the plan's scored rows, by the backbone's layers as `read_layers` gave them."""
     x = backbone.embed_tokens(plan.input_ids)
     with torch.autocast(x.device.type, enabled=False):
-        cos, sin = backbone.rotary_emb(x, position_ids=plan.position_ids)
-        half = cos.shape[-1] // 2
-        rotation = Rotation(*(t[0, :, None, :half].contiguous() for t in (cos, sin)))
+        rotations = rotations_of(backbone, layers, x, plan.position_ids)
         x = x[0]
         for parts in layers[:-1]:
-            x = run_layer(x, parts, rotation, plan)
-        x = run_layer(x, layers[-1], rotation, plan, plan.scored_rows)
-        return _FinalNorm.apply(x, backbone.norm.weight, backbone.norm.variance_epsilon, layers[0].passes)
+            x = run_layer(x, parts, rotations[parts.kind], plan)
+        x = run_layer(x, layers[-1], rotations[layers[-1].kind], plan, plan.scored_rows)
+        return _FinalNorm.apply(x, *final_norm(backbone), layers[0].passes)
+
+
+def rotations_of(
+    backbone: nn.Module, layers: list[LayerParts], x: Tensor, positions: Tensor
+) -> dict[str | None, Rotation]:
+    """The rotations of tokens at these positions [N, t], row after row, by the kinds of layers; x tells the format."""
+    found = {}
+    for kind in {parts.kind for parts in layers}:
+        of_kind = {} if kind is None else {"layer_type": kind}
+        cos, sin = backbone.rotary_emb(x, position_ids=positions, **of_kind)
+        half = cos.shape[-1] // 2
+        found[kind] = Rotation(*(each.flatten(0, 1)[:, None, :half].contiguous() for each in (cos, sin)))
+    return found
+
+
+def final_norm(backbone: nn.Module) -> tuple[Tensor, float]:
+    """What the norm behind the last layer multiplies by, [hidden], and its epsilon."""
+    family = _family(backbone)
+    assert family is not None, "layers were read"
+    [factor] = family.factors([backbone.norm])
+    return factor, getattr(backbone.norm, family.epsilon)
 
 
 def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts] | None:
@@ -64,7 +136,7 @@ def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts
         checkpointing asks for the same.
     """
     recompute = recompute or (getattr(backbone, "gradient_checkpointing", False) and backbone.training)
-    family = next((f for f, m in _FAMILIES.items() if type(backbone) is getattr(m, f"{f}Model")), None)
+    family = _family(backbone)
     passes = passes_for(backbone.get_input_embeddings().weight)
     if family is None or passes is None or not _is_norm(backbone.norm, family) or watched(backbone):
         return None
@@ -73,47 +145,52 @@ def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts
     if any(projections is None for projections in read):
         return None
     groups = iter(prepared([group for q, k, v, o, g, u, d in read for group in ((q, k, v), (o,), (g, u), (d,))]))
-    return [
-        LayerParts(
-            attention_norm=layer.input_layernorm.weight,
+    norms = [family.norms(layer) for layer in layers]
+    factors = iter(family.factors([norm for of_layer in norms for norm in of_layer]))
+    made = []
+    for layer, projections, of_layer in zip(layers, read, norms, strict=True):
+        attention_norm, mlp_norm, *more = (next(factors) for _ in of_layer)
+        output_norm, down_norm = more[: len(family.behind)] or (None, None)
+        parts = LayerParts(
+            attention_norm=attention_norm,
             qkv=next(groups),
             output=next(groups),
-            mlp_norm=layer.post_attention_layernorm.weight,
+            mlp_norm=mlp_norm,
             gate_up=next(groups),
             down=next(groups),
-            epsilon=layer.input_layernorm.variance_epsilon,
+            epsilon=getattr(layer.input_layernorm, family.epsilon),
             adapters=tuple(weight for p in projections for weight in (p.down, p.up)),
             head_dim=layer.self_attn.head_dim,
             scale=layer.self_attn.scaling,
             passes=passes,
-            head_norms=tuple(norm.weight for norm in _head_norms(layer.self_attn)),
+            activation=family.activation,
+            head_norms=tuple(more[len(family.behind) :]),
+            output_norm=output_norm,
+            down_norm=down_norm,
+            kind=layer.self_attn.layer_type if family.by_kind else None,
             recompute=recompute,
         )
-        for layer, projections in zip(layers, read, strict=True)
-    ]
+        made.append(parts)
+    return made
 
 
-def _is_norm(module: nn.Module, family: str) -> bool:
-    expected = getattr(_FAMILIES[family], f"{family}RMSNorm")
-    return type(module) is expected and not module.weight.requires_grad and not watched(module)
+def _family(backbone: nn.Module) -> _Family | None:
+    return next((family for family in _FAMILIES if family.made(backbone, "Model")), None)
 
 
-def _head_norms(attention: nn.Module) -> list[nn.Module]:
-    """The norms of q's and of k's heads, where there are any."""
-    return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+def _is_norm(module: nn.Module, family: _Family) -> bool:
+    return family.made(module, "RMSNorm") and not module.weight.requires_grad and not watched(module)
 
 
-def _read_layer(layer: nn.Module, family: str, passes: ModuleType) -> list[Projection] | None:
+def _read_layer(layer: nn.Module, family: _Family, passes: ModuleType) -> list[Projection] | None:
     """q, k, v, output, gate, up and down, or None if the layer is not exactly as expected."""
-    module = _FAMILIES[family]
     attention, mlp = layer.self_attn, layer.mlp
-    kinds = {layer: f"{family}DecoderLayer", attention: f"{family}Attention", mlp: f"{family}MLP"}
-    if any(type(part) is not getattr(module, kind) for part, kind in kinds.items()):
+    kinds = {layer: "DecoderLayer", attention: "Attention", mlp: "MLP"}
+    if not all(family.made(part, kind) for part, kind in kinds.items()):
         return None
-    if watched(*kinds) or not isinstance(mlp.act_fn, SiLUActivation | nn.SiLU):
+    if watched(*kinds) or not isinstance(mlp.act_fn, _ACTIVATIONS[family.activation]):
         return None
-    norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention)]
-    if not all(_is_norm(norm, family) for norm in norms):
+    if not all(_is_norm(norm, family) for norm in family.norms(layer)):
         return None
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     linears = [*(getattr(attention, n) for n in names), mlp.gate_proj, mlp.up_proj, mlp.down_proj]

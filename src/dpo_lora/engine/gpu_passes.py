@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from dpo_lora.engine.compiled import compiled
 from dpo_lora.engine.packing import PairPlan
@@ -85,27 +85,36 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple
 
 
 @compiled(0)
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [T, intermediate]."""
-    return (silu(gate.float()) * up.float()).to(gate.dtype)
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """silu(gate) * up, [T, intermediate]; with activation "gelu" its tanh form."""
+    wide = gate.float()
+    active = gelu(wide, approximate="tanh") if activation == "gelu" else silu(wide)
+    return (active * up.float()).to(gate.dtype)
 
 
-def gated_again(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+def gated_again(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
     """`gated` for the backward pass; nothing of it is kept for `gated_backward`."""
-    return gated(gate, up), None
+    return gated(gate, up, activation), None
 
 
-def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, _: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """Gradients of `gated` for gate and up."""
-    return _gated_backward(grad, gate, up)
+    return (_gelu_backward if activation == "gelu" else _silu_backward)(grad, gate, up)
 
 
 @compiled(0)
-def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     g, wide = grad.float(), gate.float()
     sigmoid = torch.sigmoid(wide)
     d_gate = g * up.float() * sigmoid * (1 + wide * (1 - sigmoid))
     return d_gate.to(grad.dtype), (g * wide * sigmoid).to(grad.dtype)
+
+
+@compiled(0)
+def _gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    g, wide = grad.float(), gate.float()
+    d_gate = torch.ops.aten.gelu_backward(g * up.float(), wide, approximate="tanh")
+    return d_gate.to(grad.dtype), (g * gelu(wide, approximate="tanh")).to(grad.dtype)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, plan: PairPlan, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
-"""One pre-norm decoder layer (Llama, Mistral, Qwen2, Qwen3) as one autograd function over a packed row.
+"""One decoder layer (Llama, Mistral, Qwen2, Qwen3, Gemma 3) as one autograd function over a packed row.
 
-    x2 = x + o_proj(attention(rope(qkv(norm(x)))))        x3 = x2 + down(silu(gate(n)) * up(n)),  n = norm(x2)
+    x2 = x + o_proj(attention(rope(qkv(norm(x)))))        x3 = x2 + down(act(gate(n)) * up(n)),  n = norm(x2)
+
+Qwen3 and Gemma 3 have a norm of each head of q and k before the rotation; Gemma 3 has norms of o_proj's and down's
+output before they are added, and gelu for act.
 
 Eager autograd walks about sixty passes over [T, hidden] and [T, intermediate] a layer, each through memory.
 Written out, what is not a matrix product shrinks to a dozen passes, and only what backward needs is
 kept: the layer's input, the rotated q, keys and values, the attention output, the middle residual, gate and up, and the
-narrow LoRA products. Qwen3 has a norm of each head of q and k before the rotation: there q and k as projected, too.
+narrow LoRA products; and what goes into the additional norms.
 
 Those passes are `cpu_passes`, which work in place, or `gpu_passes`, which are compiled.
 """
@@ -24,9 +27,12 @@ from dpo_lora.engine.packing import PairPlan
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The parts of one layer. norm weights [hidden].
+    """The parts of one layer. norm weights [hidden], what the normed values are multiplied by.
 
     head_norms: the weights [head_dim] of the norms of q's and of k's heads, where the layer has them.
+    output_norm, down_norm: of the norms behind these projections; None where there is none.
+    activation: of the gate, a name that the passes know.
+    kind: the layer's attention where kinds rotate by other frequencies; None where all layers rotate alike.
     adapters: the trained LoRA weights, of every projection down and up; None where it has none. The groups hold them
         in the format that products are made in.
     passes: `cpu_passes` or `gpu_passes`.
@@ -43,7 +49,11 @@ class LayerParts:
     head_dim: int
     scale: float
     passes: ModuleType
+    activation: str = "silu"
     head_norms: tuple[Tensor, ...] = ()
+    output_norm: Tensor | None = None
+    down_norm: Tensor | None = None
+    kind: str | None = None
     recompute: bool = False
 
 
@@ -89,28 +99,32 @@ def _forward(x, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows: Ten
     keys, values = passes.gathered(k, v, plan)
     del qkv, k, v
     attended, levels = passes.attend(q, keys, values, plan, parts.scale)
-    [middle], low_out = project(_taken(attended.view(len(x), -1), rows), parts.output, start=_taken(x, rows))
+    read = _taken(attended.view(len(x), -1), rows)
+    middle, low_out, out_normed = _added(_taken(x, rows), read, parts.output, parts.output_norm, parts)
     normed, inverse2 = passes.normalise(middle, parts.mlp_norm, parts.epsilon)
     (gate, up), low_gate_up = project(normed, parts.gate_up)
     del normed
-    active = passes.gated(gate, up)
-    if for_backward:
-        out, low_down = None, project_down(active, parts.down)
+    active = passes.gated(gate, up, parts.activation)
+    if for_backward and parts.down_norm is None:
+        out, low_down, down_normed = None, project_down(active, parts.down), (None, None)
     else:
-        [out], low_down = project(active, parts.down, start=middle)
+        out, low_down, down_normed = _added(middle, active, parts.down, parts.down_norm, parts)
     lows = (low_qkv, low_out, low_gate_up, low_down)
-    return out, (inverse1, q, keys, values, attended, levels, middle, inverse2, gate, up, *lows, *heads)
+    normed_again = (*out_normed, *down_normed, *heads)
+    return out, (inverse1, q, keys, values, attended, levels, middle, inverse2, gate, up, *lows, *normed_again)
 
 
 def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows, need_input: bool):
     passes = parts.passes
     inverse1, q, keys, values, attended, levels, middle, inverse2, gate, up, *rest = kept
-    low_qkv, low_out, low_gate_up, low_down, *heads = rest
+    low_qkv, low_out, low_gate_up, low_down, *rest = rest
+    out_normed, down_normed, heads = rest[:2], rest[2:4], rest[4:]
     # the MLP's inside is made again, it costs one pass and is as wide as gate
-    active, slope = passes.gated_again(gate, up)
-    d_active, down_grads = project_backward([grad], active, low_down, parts.down)
-    del active
-    d_gate, d_up = passes.gated_backward(d_active, gate, up, slope)
+    active, slope = passes.gated_again(gate, up, parts.activation)
+    d_down = _before_norm(grad, down_normed, parts.down_norm, parts)
+    d_active, down_grads = project_backward([d_down], active, low_down, parts.down)
+    del active, d_down
+    d_gate, d_up = passes.gated_backward(d_active, gate, up, slope, parts.activation)
     del d_active, slope
     normed = passes.normalise_again(middle, inverse2, parts.mlp_norm)
     d_normed, gate_up_grads = project_backward([d_gate, d_up], normed, low_gate_up, parts.gate_up)
@@ -118,7 +132,9 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     d_middle = passes.normalise_backward(d_normed, middle, inverse2, parts.mlp_norm, grad)
 
     read = _taken(attended.view(len(x), -1), rows)
-    d_attended, out_grads = project_backward([d_middle], read, low_out, parts.output)
+    d_out = _before_norm(d_middle, out_normed, parts.output_norm, parts)
+    d_attended, out_grads = project_backward([d_out], read, low_out, parts.output)
+    del d_out
     d_attended, d_middle = (_given_back(each, rows, len(x)) for each in (d_attended, d_middle))
     d_attended = d_attended.view(attended.shape)
     d_q, d_keys, d_values = passes.attend_backward(d_attended, q, keys, values, attended, levels, plan, parts.scale)
@@ -132,6 +148,23 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     if d_normed is not None:
         dx = passes.normalise_backward(d_normed, x, inverse1, parts.attention_norm, d_middle)
     return dx, [*qkv_grads, *out_grads, *gate_up_grads, *down_grads]
+
+
+def _added(
+    x: Tensor, inner: Tensor, group: Group, norm: Tensor | None, parts: LayerParts
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor | None]]:
+    """x [R, hidden] + norm(group(inner)); the narrow LoRA product; and what `_before_norm` wants."""
+    if norm is None:
+        [out], low = project(inner, group, start=x)
+        return out, low, (None, None)
+    [y], low = project(inner, group)
+    normed, inverse = parts.passes.normalise(y, norm, parts.epsilon)
+    return normed.add_(x), low, (y, inverse)
+
+
+def _before_norm(grad: Tensor, normed: list[Tensor], norm: Tensor | None, parts: LayerParts) -> Tensor:
+    """The gradient of what `_added` adds, at the group's output."""
+    return grad if norm is None else parts.passes.normalise_backward(grad, *normed, norm, None)
 
 
 def normalise_heads(q: Tensor, k: Tensor, parts: LayerParts) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
