@@ -221,11 +221,11 @@ def test_a_model_that_cannot_be_packed_takes_the_stock_path_and_says_why(
 ) -> None:
     import shutil
 
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
     folder = tmp_path / "sliding"
     shutil.copytree(next(w for w in tiny_overrides if w.startswith("model.name=")).partition("=")[2], folder)
-    config = MistralConfig(
+    config = Starcoder2Config(
         vocab_size=259,
         hidden_size=32,
         intermediate_size=64,
@@ -234,7 +234,7 @@ def test_a_model_that_cannot_be_packed_takes_the_stock_path_and_says_why(
         num_key_value_heads=2,
         sliding_window=8,
     )
-    MistralForCausalLM(config).save_pretrained(folder)
+    Starcoder2ForCausalLM(config).save_pretrained(folder)
     words = [w for w in tiny_overrides if not w.startswith("model.name=")]
     outcome = cli("train", *words, f"model.name={folder}")
     facts = RunDir(outcome.run).manifest()["engine"]

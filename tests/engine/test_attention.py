@@ -31,12 +31,14 @@ OPENED = [((5, 3, 4), (0, 4, 2)), ((2, 5, 0), (4, 0, 3), (1, 1, 1)), ((90, 70, 9
 ALL = [*((segments, 0) for segments in PLANS), *((segments, opening) for segments in OPENED for opening in (8, 120))]
 
 
-def dense(q, k, v, plan, scale, softcap):
+def dense(q, k, v, plan, scale, softcap, window=None):
     """The definition: one [T, T] mask over the whole row."""
     pair, branch = visible_pairs(plan)
     t = torch.arange(plan.tokens)
     own = (branch[None] == 0) | (branch[None] == branch[:, None])
     visible = ((pair[None] == pair[:, None]) | (pair[None] == -1)) & own & (t[None] <= t[:, None])
+    if window is not None:
+        visible &= plan.position_ids[0][:, None] - plan.position_ids[0][None] < window
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * scale
@@ -45,7 +47,9 @@ def dense(q, k, v, plan, scale, softcap):
     return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 
-def emulated_flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | None) -> Tensor:
+def emulated_flash(
+    q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | None, window: int | None = None
+) -> Tensor:
     """What the flash kernel computes, in plain torch on any device."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
@@ -56,6 +60,8 @@ def emulated_flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | 
         scores = torch.einsum("qhd,khd->hqk", qi, ki) * scale
         queries, keys = scores.shape[1:]
         visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        if window is not None:
+            visible = visible.triu(keys - queries - (window - 1))
         scores = scores.masked_fill(~visible, float("-inf"))
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vi))
     return torch.cat(outputs)
@@ -67,14 +73,15 @@ def inputs(plan, heads=4, key_heads=2):
     return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
 @pytest.mark.parametrize("segments, opening", ALL, ids=str)
 @pytest.mark.parametrize("kernel, softcap", [("sdpa", None), ("block", None), ("block", 2.0)])
-def test_forward_and_backward(kernel, softcap, segments, opening):
+def test_forward_and_backward(kernel, softcap, segments, opening, window):
     plan = plan_of(*segments, opening=opening)
     results = []
     for run in (KERNELS[kernel], dense):
         tensors = inputs(plan)
-        out = run(*tensors, plan, 0.3, softcap)
+        out = run(*tensors, plan, 0.3, softcap, window)
         torch.manual_seed(1)
         out.backward(torch.randn(out.shape, dtype=out.dtype))
         results.append([out, *(x.grad for x in tensors)])
@@ -82,19 +89,20 @@ def test_forward_and_backward(kernel, softcap, segments, opening):
         assert torch.allclose(ours, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
 @pytest.mark.parametrize("segments, opening", ALL, ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_the_layers_own_attention(dtype, tolerance, segments, opening):
+def test_the_layers_own_attention(dtype, tolerance, segments, opening, window):
     plan = plan_of(*segments, opening=opening)
     tensors = [x.detach().to(dtype).requires_grad_() for x in inputs(plan)]
-    expected = dense(*tensors, plan, 0.3, None)[0]
+    expected = dense(*tensors, plan, 0.3, None, window)[0]
     torch.manual_seed(1)
     upstream = torch.randn(expected.shape, dtype=dtype)
     expected.backward(upstream)
     q, k, v = (x.detach()[0].transpose(0, 1).contiguous() for x in tensors)
-    out, levels = flash_attention.attend(q, k, v, plan, 0.3)
+    out, levels = flash_attention.attend(q, k, v, plan, 0.3, window)
     assert torch.allclose(out, expected, atol=tolerance)
-    grads = flash_attention.attend_backward(upstream, q, k, v, out, levels, plan, 0.3)
+    grads = flash_attention.attend_backward(upstream, q, k, v, out, levels, plan, 0.3, window)
     for ours, right in zip(grads, tensors, strict=True):
         assert torch.allclose(ours, right.grad[0].transpose(0, 1), atol=tolerance)
 
@@ -107,8 +115,8 @@ def test_scores_of_a_diverged_training_overflow_where_torchs_own_attention_does(
     out = functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3, enable_gqa=True)
     out.backward(torch.ones_like(out))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in tensors)
-    out, levels = flash_attention.attend(q, k, v, plan, 0.3)
-    grads = flash_attention.attend_backward(torch.ones_like(out), q, k, v, out, levels, plan, 0.3)
+    out, levels = flash_attention.attend(q, k, v, plan, 0.3, None)
+    grads = flash_attention.attend_backward(torch.ones_like(out), q, k, v, out, levels, plan, 0.3, None)
     for ours, stock in zip(grads, leaves, strict=True):
         assert bool(ours.isfinite().all()) is bool(stock.grad.isfinite().all()) is is_finite
 
@@ -117,13 +125,14 @@ def test_scores_of_a_diverged_training_overflow_where_torchs_own_attention_does(
 def test_flex_block_mask(segments, opening):
     plan = plan_of(*segments, opening=opening)
     tensors = [x.detach().float() for x in inputs(plan)]
-    for softcap in (None, 2.0):
-        out = KERNELS["flex"](*tensors, plan, 0.3, softcap)
-        assert torch.allclose(out, dense(*tensors, plan, 0.3, softcap), atol=1e-5)
+    for softcap, window in ((None, None), (2.0, None), (None, 7), (2.0, 100)):
+        out = KERNELS["flex"](*tensors, plan, 0.3, softcap, window)
+        assert torch.allclose(out, dense(*tensors, plan, 0.3, softcap, window), atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
 @pytest.mark.parametrize("segments, opening", ALL, ids=str)
-def test_varlen_key_gathering(segments, opening):
+def test_varlen_key_gathering(segments, opening, window):
     """The flash kernel itself needs CUDA; its arguments are checked by a plain emulation of what it
     computes."""
     plan = plan_of(*segments, opening=opening)
@@ -131,9 +140,9 @@ def test_varlen_key_gathering(segments, opening):
     for gathered in (True, False):
         tensors = inputs(plan)
         if gathered:
-            out = run_segments(*tensors, segments_of(plan), 0.3, emulated_flash)
+            out = run_segments(*tensors, segments_of(plan), 0.3, emulated_flash, window)
         else:
-            out = dense(*tensors, plan, 0.3, None)
+            out = dense(*tensors, plan, 0.3, None, window)
         torch.manual_seed(1)
         out.backward(torch.randn(out.shape, dtype=out.dtype))
         results.append([out, *(x.grad for x in tensors)])
@@ -170,6 +179,9 @@ def test_older_varlen_signatures_compute_the_same():
     q, k, v = (x[0].transpose(0, 1) for x in inputs(plan_of((5, 3, 4))))
     q1, k1, v1, options = call_for(frozenset({"window_size", "scale", "enable_gqa"}), q, k, v, 0.3)
     assert options == {"window_size": (-1, 0), "scale": 0.3, "enable_gqa": True} and q1 is q and k1 is k
+    assert call_for(frozenset({"window_size"}), q, k, v, 0.3, 7)[3] == {"window_size": (6, 0)}
+    with pytest.raises(ValueError, match="flex"):
+        call_for(frozenset({"is_causal"}), q, k, v, 0.3, 7)
     q2, k2, v2, options = call_for(frozenset({"is_causal"}), q, k, v, 0.3)
     assert options == {"is_causal": True}
     s = segments_of(plan_of((5, 3, 4)))

@@ -69,6 +69,13 @@ def test_pairs_that_begin_alike(name, tmp_path):
     compare(worlds.model(name), worlds.pairs(4, opening=15), tmp_path)
 
 
+@pytest.mark.parametrize("opening", [0, 6])
+@pytest.mark.parametrize("engine", [{}, {"layers": "plain"}, {"layers": "plain", "kernel": "block"}], ids=str)
+@pytest.mark.parametrize("name", worlds.WINDOWS)
+def test_a_window_shorter_than_the_pairs(name, engine, opening, tmp_path):
+    compare(worlds.windowed(name), worlds.pairs(4, opening=opening), tmp_path, engine=engine)
+
+
 @pytest.mark.parametrize("opening", [0, 15])
 @pytest.mark.parametrize("kernel", ["sdpa", "block"])
 def test_every_kernel(kernel, opening, tmp_path):

@@ -12,6 +12,7 @@ from tests.engine.test_attention import emulated_flash
 from tests.engine.test_forward import compare
 
 from dpo_lora.engine import compiled, decoder, gpu_passes
+from dpo_lora.engine.decoder import read_layers
 from dpo_lora.engine.forward import PackedForward
 
 
@@ -20,14 +21,14 @@ def as_on_gpu(monkeypatch):
     """Layers by `gpu_passes`, attention by a plain emulation of the flash kernel; the calls of it, a list."""
     calls = []
 
-    def flash(q, keys, values, segments, scale):
+    def flash(q, keys, values, segments, scale, window):
         calls.append(len(q))
-        return emulated_flash(q, keys, values, segments, scale), q.new_empty(0)
+        return emulated_flash(q, keys, values, segments, scale, window), q.new_empty(0)
 
-    def flash_backward(grad, q, keys, values, out, levels, segments, scale):
+    def flash_backward(grad, q, keys, values, out, levels, segments, scale, window):
         leaves = [x.detach().requires_grad_() for x in (q, keys, values)]
         with torch.enable_grad():
-            return torch.autograd.grad(emulated_flash(*leaves, segments, scale), leaves, grad)
+            return torch.autograd.grad(emulated_flash(*leaves, segments, scale, window), leaves, grad)
 
     monkeypatch.setattr(decoder, "passes_for", lambda weight: gpu_passes)
     monkeypatch.setattr(gpu_passes, "flash", flash)
@@ -41,6 +42,13 @@ def as_on_gpu(monkeypatch):
 def test_layers_equal_trl(as_on_gpu, recompute, opening, name, tmp_path):
     compare(worlds.model(name), worlds.pairs(4, opening=opening), tmp_path, engine={"recompute": recompute})
     assert len(as_on_gpu) == 2 * (2 + recompute), "a call for each layer of the policy and of the reference"
+
+
+@pytest.mark.parametrize("name", worlds.WINDOWS)
+def test_layers_with_a_sliding_window_equal_trl(as_on_gpu, name, tmp_path):
+    base = worlds.windowed(name)
+    compare(base, worlds.pairs(4, opening=6), tmp_path)
+    assert len(as_on_gpu) == (4 if read_layers(base.base_model) is not None else 0)
 
 
 def test_adapters_of_different_ranks_and_scales(as_on_gpu, tmp_path):

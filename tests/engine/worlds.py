@@ -104,6 +104,23 @@ def configs() -> dict[str, tf.PretrainedConfig]:
     }
 
 
+WINDOWS: dict[str, dict[str, object]] = {
+    "gemma2": {},
+    "gemma3": {},
+    "mistral": {},
+    "mixtral": {},
+    "phi3": {},
+    "qwen2": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+    "qwen3": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+}
+"""Architectures with a sliding window, and what else their config must say to have one."""
+
+
+def windowed(name: str, window: int = 8) -> tf.PreTrainedModel:
+    """A model whose window is shorter than most of :func:`pairs`."""
+    return model(name, sliding_window=window, **WINDOWS[name])
+
+
 def model(name: str = "llama", seed: int = 0, **changes) -> tf.PreTrainedModel:
     torch.manual_seed(seed)
     config = configs()[name]

@@ -43,12 +43,13 @@ def inputs(plan, dtype):
         ("flex", torch.float32, 2.0, 5e-3),
     ],
 )
-def test_kernels_forward_and_backward(kernel, dtype, softcap, tolerance, segments, opening):
+@pytest.mark.parametrize("window", [None, 7])
+def test_kernels_forward_and_backward(window, kernel, dtype, softcap, tolerance, segments, opening):
     plan = plan_of(*segments, opening=opening).to(DEVICE)
     tensors = inputs(plan, dtype)
     exact = [x.detach().double().cpu().requires_grad_() for x in tensors]
-    out = KERNELS[kernel](*tensors, plan, 0.125, softcap)
-    expected = dense(*exact, plan.to("cpu"), 0.125, softcap)
+    out = KERNELS[kernel](*tensors, plan, 0.125, softcap, window)
+    expected = dense(*exact, plan.to("cpu"), 0.125, softcap, window)
     torch.manual_seed(1)
     upstream = torch.randn(expected.shape, dtype=torch.float64)
     out.backward(upstream.to(DEVICE, dtype))
@@ -92,10 +93,19 @@ def test_float32_equals_trl(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
 @pytest.mark.parametrize("engine", [{}, {"recompute": True}, {"layers": "plain"}], ids=str)
 def test_bfloat16_is_as_near_to_float32_as_trl_is(engine, name, tmp_path):
+    assert_as_near(tmp_path, name, **engine)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3", "phi3"])
+def test_bfloat16_with_a_window_shorter_than_the_pairs(name, tmp_path):
+    assert_as_near(tmp_path, name, {"sliding_window": 16, **worlds.WINDOWS[name]})
+
+
+def assert_as_near(tmp_path, name, shape=None, **engine):
     noise = torch.zeros(2, dtype=torch.float64)  # of stock's gradients and of ours
     for seed in range(5):
         stock, ours, exact, kernel = stock_and_packed(
-            tmp_path, torch.bfloat16, name, seed, opening=15 * (seed % 2), **engine
+            tmp_path, torch.bfloat16, name, seed, opening=15 * (seed % 2), shape=shape, **engine
         )
         assert kernel == "varlen"
         assert worlds.close(ours[0], exact[0]) < 1e-2

@@ -39,9 +39,18 @@ def packed_rows(plan: PairPlan) -> Iterator[None]:
 
 
 def sdpa_pairs(
-    query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, scale: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: PairPlan,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None = None,
 ) -> Tensor:
-    """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by torch's SDPA, a call for each run."""
+    """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by torch's SDPA, a call for each run.
+
+    window: how many tokens of its sequence a query sees, itself included; None: all before it. So for every kernel.
+    """
     if softcap is not None:
         raise ValueError("torch SDPA has no logit soft-capping; use the kernel 'block' or 'flex'")
     gqa = query.shape[1] != key.shape[1]
@@ -49,10 +58,7 @@ def sdpa_pairs(
     for run in plan.runs:
         own = slice(run.first, run.first + run.count)
         q, (k, v) = query[:, :, own], (run_keys(x, run, 2) for x in (key, value))
-        mask = None
-        if run.before:
-            rows = torch.arange(run.count, device=q.device)
-            mask = torch.arange(k.shape[2], device=q.device) <= rows[:, None] + run.seen
+        mask = run.visible(window, q.device) if run.before or run.narrowed(window) else None
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
         )
@@ -118,7 +124,8 @@ def _attention(kernel: str, before: str) -> Callable:
             return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         if dropout:
             raise ValueError("attention dropout is not supported by pair packing; set attention_dropout=0")
-        out = run(query, key, value, attention_mask, scaling, kwargs.get("softcap"))
+        softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
+        out = run(query, key, value, attention_mask, scaling, softcap, window)
         return out, None
 
     return pair_attention

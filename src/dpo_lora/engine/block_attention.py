@@ -1,5 +1,5 @@
 """Pair attention by blocks of matrix products, forward and backward, for CPUs (any float type, soft-capping
-too).
+and sliding windows too).
 
 Torch's CPU flash kernel computes the whole square of a causal mask in its backward pass and wants key heads
 repeated or copies of slices from autograd. Here each block of queries meets the keys it can see and no
@@ -25,22 +25,28 @@ _BLOCK = 96  # queries a block: fewer calls than 64, less computed in vain than 
 
 
 def block_pairs(
-    query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, scale: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: PairPlan,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return PairAttention.apply(q, k, v, plan, scale, softcap)[None]
+    return PairAttention.apply(q, k, v, plan, scale, softcap, window)[None]
 
 
 class PairAttention(torch.autograd.Function):
     """q [T, Hq, D], k/v [T, Hkv, D] -> [T, Hq, D]. Probabilities are computed again in backward."""
 
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, softcap):
-        out = attend(q, k, v, plan, scale, softcap)
+    def forward(ctx, q, k, v, plan, scale, softcap, window):
+        out = attend(q, k, v, plan, scale, softcap, window)
         ctx.save_for_backward(q, k, v, out)
-        ctx.rest = (plan, scale, softcap)
+        ctx.rest = (plan, scale, softcap, window)
         return out
 
     @staticmethod
@@ -48,7 +54,7 @@ class PairAttention(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         into = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
         attend_backward(grad, q, k, v, out, *ctx.rest, into=into)
-        return *into, None, None, None
+        return *into, None, None, None, None
 
 
 def _blocks(queries: int) -> list[tuple[int, int]]:
@@ -77,7 +83,21 @@ def _later(count: int, device: torch.device) -> Tensor:
     return torch.ones(count, count, dtype=torch.bool, device=device).triu_(1)[:, None]
 
 
-def _probabilities(q: Tensor, k: Tensor, count: int, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+@lru_cache(maxsize=256)
+def _beyond(count: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """[count, 1, keys] True where the key lies before the window of the query; the queries are the last of the keys."""
+    query = torch.arange(keys - count, keys, device=device)[:, None]
+    return (query - torch.arange(keys, device=device) >= window)[:, None]
+
+
+def _first_seen(before: int, window: int | None) -> int:
+    """The first key that a query with so many keys before it sees."""
+    return 0 if window is None else max(0, before + 1 - window)
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, count: int, softcap: float | None, window: int | None
+) -> tuple[Tensor, Tensor | None]:
     """Softmax of a block: q [G, count * R, D] already scaled, k [G, keys, D]; the last `count` keys are its
     own.
 
@@ -90,11 +110,16 @@ def _probabilities(q: Tensor, k: Tensor, count: int, softcap: float | None) -> t
         slope, scores = 1 - t * t, t * softcap
     own = scores.view(len(q), count, -1, k.shape[1])[..., k.shape[1] - count :]
     own.masked_fill_(_later(count, q.device), float("-inf"))
+    if window is not None and k.shape[1] > window:
+        every = scores.view(len(q), count, -1, k.shape[1])
+        every.masked_fill_(_beyond(count, k.shape[1], window, q.device), float("-inf"))
     wide = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
     return torch.softmax(wide, -1).to(q.dtype), slope
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float, softcap: float | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float, softcap: float | None, window: int | None
+) -> Tensor:
     """Forward pass; shapes as in `PairAttention`."""
     groups = k.shape[1]
     repeat = q.shape[1] // groups
@@ -105,8 +130,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float, softca
         k_run, v_run = (run_keys(x, run, 1) for x in (keys, values))
         for a, b in _blocks(run.count):
             block = slice((run.first + a) * repeat, (run.first + b) * repeat)
-            p, _ = _probabilities(rows[:, block], k_run[:, : run.seen + b], b - a, softcap)
-            torch.bmm(p, v_run[:, : run.seen + b], out=result[:, block])
+            seen = slice(_first_seen(run.seen + a, window), run.seen + b)
+            p, _ = _probabilities(rows[:, block], k_run[:, seen], b - a, softcap, window)
+            torch.bmm(p, v_run[:, seen], out=result[:, block])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _ungroup(result, out)
     return out
@@ -114,7 +140,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float, softca
 
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: PairPlan, scale: float,
-    softcap: float | None, into: list[Tensor],
+    softcap: float | None, window: int | None, into: list[Tensor],
 ) -> None:  # fmt: skip
     """Write the gradients into `into` = [dq, dk, dv], shaped as q, k, v."""
     groups = k.shape[1]
@@ -129,16 +155,16 @@ def attend_backward(
         k_run, v_run = (run_keys(x, run, 1) for x in (keys, values))
         dk_run, dv_run = torch.zeros_like(k_run), torch.zeros_like(v_run)
         for a, b in _blocks(run.count):
-            seen = run.seen + b
+            seen = slice(_first_seen(run.seen + a, window), run.seen + b)
             block = slice((run.first + a) * repeat, (run.first + b) * repeat)
-            p, slope = _probabilities(rows[:, block], k_run[:, :seen], b - a, softcap)
-            dv_run[:, :seen].baddbmm_(p.transpose(1, 2), upstream[:, block])
-            ds = torch.bmm(upstream[:, block], v_run[:, :seen].transpose(1, 2))
+            p, slope = _probabilities(rows[:, block], k_run[:, seen], b - a, softcap, window)
+            dv_run[:, seen].baddbmm_(p.transpose(1, 2), upstream[:, block])
+            ds = torch.bmm(upstream[:, block], v_run[:, seen].transpose(1, 2))
             ds.sub_(level[:, block]).mul_(p)
             if slope is not None:
                 ds.mul_(slope).mul_(softcap)
-            torch.bmm(ds, k_run[:, :seen], out=d_rows[:, block])
-            dk_run[:, :seen].baddbmm_(ds.transpose(1, 2), rows[:, block])
+            torch.bmm(ds, k_run[:, seen], out=d_rows[:, block])
+            dk_run[:, seen].baddbmm_(ds.transpose(1, 2), rows[:, block])
         for part, total in ((dk_run, d_keys), (dv_run, d_values)):
             # What a run sees lies before it in the row, so its own gradient was begun by then.
             total[:, run.first : run.first + run.count] = part[:, run.seen :]

@@ -62,7 +62,7 @@ class CachedSteps:
             active = None if name == BASE else name
             with contextlib.nullcontext() if name is None else use_adapter(model, active):
                 layers = read_layers(base.base_model)
-            if layers is None:
+            if layers is None or any(parts.window is not None and room > parts.window for parts in layers):
                 return None
             read.append(layers)
         return cls(base, read, room)

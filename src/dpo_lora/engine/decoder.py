@@ -34,6 +34,7 @@ class _Family:
     epsilon: a norm's field of that name.
     centred: the norms' weights count from one.
     by_kind: layers of different attention rotate by different frequencies.
+    windowed: a sliding window in the config holds for every layer; else a layer that has one knows it.
     """
 
     module: ModuleType
@@ -45,6 +46,7 @@ class _Family:
     epsilon: str = "variance_epsilon"
     centred: bool = False
     by_kind: bool = False
+    windowed: bool = False
 
     def made(self, part: nn.Module, kind: str) -> bool:
         """Whether the part is exactly this family's ``kind``: "Model", "RMSNorm", "Attention", ..."""
@@ -56,6 +58,10 @@ class _Family:
         attention = layer.self_attn
         return [*of_layer, *(getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name))]
 
+    def window(self, attention: nn.Module) -> int | None:
+        """How many tokens of its sequence a token sees, itself included; None: all before it."""
+        return attention.config.sliding_window if self.windowed else getattr(attention, "sliding_window", None)
+
     def factors(self, norms: list[nn.Module]) -> list[Tensor]:
         """What each norm multiplies by."""
         weights = [norm.weight.detach() for norm in norms]
@@ -64,7 +70,7 @@ class _Family:
 
 _FAMILIES = (
     _Family(modeling_llama, "Llama", "Llama"),
-    _Family(modeling_mistral, "Mistral", "Mistral"),
+    _Family(modeling_mistral, "Mistral", "Mistral", windowed=True),
     _Family(modeling_qwen2, "Qwen2", "Qwen2"),
     _Family(modeling_qwen3, "Qwen3", "Qwen3"),
     _Family(
@@ -168,6 +174,7 @@ def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts
             output_norm=output_norm,
             down_norm=down_norm,
             kind=layer.self_attn.layer_type if family.by_kind else None,
+            window=family.window(layer.self_attn),
             recompute=recompute,
         )
         made.append(parts)

@@ -19,12 +19,12 @@ from dpo_lora.engine.packing import PairPlan
 from dpo_lora.engine.runs import Run, run_keys
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """q [T, Hq, D], k/v [T, Hkv, D] -> ([T, Hq, D], logsumexp of the scores [G, T, R])."""
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], k/v [T, Hkv, D] -> ([T, Hq, D], logsumexp of the scores [G, T, R]); window: as for `sdpa_pairs`."""
     out = torch.empty_like(q)
     levels = q.new_empty(k.shape[1], len(q), q.shape[1] // k.shape[1])
     queries, keys, values, into = (_grouped(x, k.shape[1]) for x in (q, k, v, out))
-    for run, mask in _runs(plan, q.dtype):
+    for run, mask in _runs(plan, q.dtype, window):
         own = slice(run.first, run.first + run.count)
         seen = [_shared(x, run, queries.shape[1]) for x in (keys, values)]
         result, level = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -36,14 +36,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float) -> tup
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, levels: Tensor, plan: PairPlan, scale: float
-) -> list[Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, levels: Tensor, plan: PairPlan, scale: float,
+    window: int | None,
+) -> list[Tensor]:  # fmt: skip
     """Gradients for q, k and v, shaped as they are; out and levels from `attend`."""
     into = [torch.empty_like(x) for x in (q, k, v)]
     groups = k.shape[1]
     upstream, queries, keys, values, outs = (_grouped(x, groups) for x in (grad, q, k, v, out))
     d_queries, d_keys, d_values = (_grouped(x, groups) for x in into)
-    for run, mask in _runs(plan, q.dtype):
+    for run, mask in _runs(plan, q.dtype, window):
         own = slice(run.first, run.first + run.count)
         seen = [_shared(x, run, queries.shape[1]) for x in (keys, values)]
         level = levels[:, own].transpose(1, 2)
@@ -73,13 +74,17 @@ def _shared(x: Tensor, run: Run, repeat: int) -> Tensor:
     return run_keys(x, run, 2).expand(-1, repeat, -1, -1)
 
 
-def _runs(plan: PairPlan, dtype: torch.dtype) -> list[tuple[Run, Tensor | None]]:
+def _runs(plan: PairPlan, dtype: torch.dtype, window: int | None) -> list[tuple[Run, Tensor | None]]:
     """The plan's runs with what is added to their scores, [count, seen + count]; None for a plain causal square."""
-    if "masked_runs" not in plan.notes:
-        plan.notes["masked_runs"] = [(run, _mask(run, dtype) if run.before else None) for run in plan.runs]
-    found: list[tuple[Run, Tensor | None]] = plan.notes["masked_runs"]
+    note = f"masked_runs {window}"
+    if note not in plan.notes:
+        plan.notes[note] = [
+            (run, _mask(run, dtype, window) if run.before or run.narrowed(window) else None) for run in plan.runs
+        ]
+    found: list[tuple[Run, Tensor | None]] = plan.notes[note]
     return found
 
 
-def _mask(run: Run, dtype: torch.dtype) -> Tensor:
-    return torch.full((run.count, run.seen + run.count), float("-inf"), dtype=dtype).triu_(run.seen + 1)
+def _mask(run: Run, dtype: torch.dtype, window: int | None) -> Tensor:
+    hidden = ~run.visible(window)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))

@@ -117,29 +117,47 @@ def _gelu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     return d_gate.to(grad.dtype), (g * gelu(wide, approximate="tanh")).to(grad.dtype)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, plan: PairPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """q [T, Hq, D], keys/values [K, Hkv, D] -> ([T, Hq, D], logsumexp of the scores [Hq, T])."""
-    return flash(q, keys, values, segments_of(plan), scale)
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, plan: PairPlan, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], keys/values [K, Hkv, D] -> ([T, Hq, D], logsumexp of the scores [Hq, T]).
+
+    window: how many tokens of its sequence a query sees, itself included; None: all before it.
+    """
+    segments = segments_of(plan)
+    return flash(q, keys, values, segments, scale, segments.narrowing(window))
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, levels: Tensor, plan: PairPlan, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, levels: Tensor, plan: PairPlan, scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients for q, keys and values; out and levels from `attend`."""
-    return flash_backward(grad, q, keys, values, out, levels, segments_of(plan), scale)
+    segments = segments_of(plan)
+    return flash_backward(grad, q, keys, values, out, levels, segments, scale, segments.narrowing(window))
 
 
-def flash(q: Tensor, keys: Tensor, values: Tensor, s: Segments, scale: float) -> tuple[Tensor, Tensor]:
+def flash(
+    q: Tensor, keys: Tensor, values: Tensor, s: Segments, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
     """The operation behind torch's varlen_attn, which takes fewer key heads than query heads as they are."""
     out, levels, *_ = torch.ops.aten._flash_attention_forward(
-        q, keys, values, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, True, False, scale=scale
+        q, keys, values, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, True, False, scale=scale, **_kept(window)
     )
     return out, levels
 
 
-def flash_backward(grad, q, keys, values, out, levels, s: Segments, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _kept(window: int | None) -> dict[str, int]:
+    """How many keys before its own a query sees; behind it, causality says none."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+
+
+def flash_backward(
+    grad, q, keys, values, out, levels, s: Segments, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for q [T, Hq, D], keys and values [K, Hkv, D]."""
     unused = torch.empty((), dtype=torch.uint64, device=q.device)  # the state of dropout, which there is none of
     return torch.ops.aten._flash_attention_backward(
-        grad, q, keys, values, out, levels, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, True, unused, unused, scale=scale
-    )
+        grad, q, keys, values, out, levels, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, True, unused, unused,
+        scale=scale, **_kept(window),
+    )  # fmt: skip

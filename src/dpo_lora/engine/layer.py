@@ -33,6 +33,7 @@ class LayerParts:
     output_norm, down_norm: of the norms behind these projections; None where there is none.
     activation: of the gate, a name that the passes know.
     kind: the layer's attention where kinds rotate by other frequencies; None where all layers rotate alike.
+    window: how many tokens of its sequence a token sees, itself included; None: all before it.
     adapters: the trained LoRA weights, of every projection down and up; None where it has none. The groups hold them
         in the format that products are made in.
     passes: `cpu_passes` or `gpu_passes`.
@@ -54,6 +55,7 @@ class LayerParts:
     output_norm: Tensor | None = None
     down_norm: Tensor | None = None
     kind: str | None = None
+    window: int | None = None
     recompute: bool = False
 
 
@@ -98,7 +100,7 @@ def _forward(x, parts: LayerParts, rotation: Rotation, plan: PairPlan, rows: Ten
     q, k = passes.rotate(q, k, rotation.cos, rotation.sin, 1.0)
     keys, values = passes.gathered(k, v, plan)
     del qkv, k, v
-    attended, levels = passes.attend(q, keys, values, plan, parts.scale)
+    attended, levels = passes.attend(q, keys, values, plan, parts.scale, parts.window)
     read = _taken(attended.view(len(x), -1), rows)
     middle, low_out, out_normed = _added(_taken(x, rows), read, parts.output, parts.output_norm, parts)
     normed, inverse2 = passes.normalise(middle, parts.mlp_norm, parts.epsilon)
@@ -137,7 +139,9 @@ def _backward(grad, x, kept, parts: LayerParts, rotation: Rotation, plan: PairPl
     del d_out
     d_attended, d_middle = (_given_back(each, rows, len(x)) for each in (d_attended, d_middle))
     d_attended = d_attended.view(attended.shape)
-    d_q, d_keys, d_values = passes.attend_backward(d_attended, q, keys, values, attended, levels, plan, parts.scale)
+    d_q, d_keys, d_values = passes.attend_backward(
+        d_attended, q, keys, values, attended, levels, plan, parts.scale, parts.window
+    )
     d_k, d_v = passes.put_back(d_keys, d_values, plan)
     d_q, d_k = passes.rotate(d_q, d_k, rotation.cos, rotation.sin, -1.0)
     d_q, d_k = _heads_backward(d_q, d_k, heads, parts)

@@ -1,4 +1,8 @@
-"""Runs: the parts of a packed row by what they see, the one thing that every attention kernel asks of the plan."""
+"""Runs: the parts of a packed row by what they see, the one thing that every attention kernel asks of the plan.
+
+A run's keys are those of its sequence from the first position on, so the distance of a query and a key in the run is
+their distance in the sequence, which a sliding window counts.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,17 @@ class Run(NamedTuple):
     def seen(self) -> int:
         """Keys before the run's own."""
         return sum(length for _, length in self.before)
+
+    def narrowed(self, window: int | None) -> bool:
+        """Whether its last query sees less than all of its keys, since a query sees only so many, itself the last."""
+        return window is not None and self.seen + self.count > window
+
+    def visible(self, window: int | None, device: torch.device | None = None) -> Tensor:
+        """[count, seen + count]: whether a query of the run sees a key."""
+        query = torch.arange(self.seen, self.seen + self.count, device=device)[:, None]
+        key = torch.arange(self.seen + self.count, device=device)
+        causal = key <= query
+        return causal if window is None else causal & (query - key < window)
 
 
 def run_keys(x: Tensor, run: Run, dim: int) -> Tensor:

@@ -36,6 +36,10 @@ class Segments(NamedTuple):
     second: Tensor
     opening: Tensor
 
+    def narrowing(self, window: int | None) -> int | None:
+        """The window, where a run is longer."""
+        return window if window is not None and self.max_k > window else None
+
 
 def segments_of(plan: PairPlan) -> Segments:
     """The plan's flash segments, on the plan's device; made once a plan (all layers and both passes share
@@ -82,37 +86,50 @@ def available() -> bool:
 
 
 def varlen_pairs(
-    query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, scale: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: PairPlan,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """query [1, Hq, T, D], key/value [1, Hkv, T, D] in bf16 or fp16 on CUDA -> [1, T, Hq, D]."""
     if softcap is not None:
         raise ValueError("torch's varlen attention has no logit soft-capping; use the kernel 'flex'")
-    return run_segments(query, key, value, segments_of(plan), scale, _flash)
+    return run_segments(query, key, value, segments_of(plan), scale, _flash, window)
 
 
-def run_segments(query, key, value, segments: Segments, scale: float | None, kernel) -> Tensor:
-    """Gather keys and call kernel(q [T, Hq, D], k [K, Hkv, D], v, segments, scale) -> [T, Hq, D]."""
+def run_segments(query, key, value, segments: Segments, scale: float | None, kernel, window: int | None) -> Tensor:
+    """Gather keys and call kernel(q [T, Hq, D], k [K, Hkv, D], v, segments, scale, window) -> [T, Hq, D]."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = kernel(q, k[segments.key_rows], v[segments.key_rows], segments, scale)
+    out = kernel(q, k[segments.key_rows], v[segments.key_rows], segments, scale, segments.narrowing(window))
     return out[None]
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v, options = call_for(frozenset(inspect.signature(varlen_attn).parameters), q, k, v, scale)
+    q, k, v, options = call_for(frozenset(inspect.signature(varlen_attn).parameters), q, k, v, scale, window)
     return varlen_attn(q.contiguous(), k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, **options)
 
 
 def call_for(
-    accepted: frozenset[str], q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    accepted: frozenset[str], q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, object]]:
     """Tensors and options for a `varlen_attn` that takes the `accepted` arguments (they grew with torch).
 
-    Causality is `is_causal` in the first version and `window_size` (-1, 0) later; without `enable_gqa`
-    keys are repeated, without `scale` the queries carry it.
+    Causality is `is_causal` in the first version and `window_size` (-1, 0) later, keys before and behind the query's
+    own; without `enable_gqa` keys are repeated, without `scale` the queries carry it.
+
+    Raises:
+        ValueError: a window, and the first version.
     """
-    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
+    options: dict[str, object] = {"is_causal": True}
+    if "window_size" in accepted:
+        options = {"window_size": (-1 if window is None else window - 1, 0)}
+    elif window is not None:
+        raise ValueError("this torch's varlen attention has no sliding window; use the kernel 'flex'")
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in accepted:
             options["enable_gqa"] = True
@@ -139,20 +156,32 @@ def visible_pairs(plan: PairPlan) -> tuple[Tensor, Tensor]:
 
 
 def flex_pairs(
-    query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, scale: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: PairPlan,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by FlexAttention with a block mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if "block_mask" not in plan.notes:
+    window = window if any(run.narrowed(window) for run in plan.runs) else None
+    note = f"block_mask {window}"
+    if note not in plan.notes:
         pair, branch = visible_pairs(plan)
+        places = plan.position_ids[0]
 
         def visible(b, h, q, k):
             own = (branch[k] == 0) | (branch[k] == branch[q])
             return ((pair[q] == pair[k]) | (pair[k] < 0)) & own & (k <= q)
 
-        tokens = plan.tokens
-        plan.notes["block_mask"] = create_block_mask(visible, None, None, tokens, tokens, device=str(query.device))
+        def visible_near(b, h, q, k):
+            return visible(b, h, q, k) & (places[q] - places[k] < window)
+
+        rule, tokens = visible if window is None else visible_near, plan.tokens
+        plan.notes[note] = create_block_mask(rule, None, None, tokens, tokens, device=str(query.device))
 
     def cap(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)
@@ -160,7 +189,7 @@ def flex_pairs(
     # It is compiled again for rows of one block and of several, with and without an opening, for each format.
     with torch._dynamo.config.patch(recompile_limit=64):
         out = _flex(softcap is None)(
-            query, key, value, score_mod=None if softcap is None else cap, block_mask=plan.notes["block_mask"],
+            query, key, value, score_mod=None if softcap is None else cap, block_mask=plan.notes[note],
             scale=scale, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
     return out.transpose(1, 2)
