@@ -74,9 +74,12 @@ def main() -> None:
     for file in sorted(folder.glob("gpu-cuda*.json")):
         gpu(file)
     for device in ("cpu", "cuda"):
-        engine = sorted(folder.glob(f"engine-{device}-*.json"))
-        if engine:
-            speed(engine)
+        by_shape: dict[str, list[Path]] = {}
+        for file in sorted(folder.glob(f"engine-{device}-*.json")):
+            by_shape.setdefault(json.loads(file.read_text())["settings"]["shape"], []).append(file)
+        for shape, files in by_shape.items():
+            print(f"\n{shape}\n")
+            speed(files)
         for file in sorted(folder.glob(f"memory-{device}*.json")):
             memory(file)
 

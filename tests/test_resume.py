@@ -49,6 +49,8 @@ def run(home: Path, tmp_path: Path) -> RunDir:
 def test_a_run_with_relative_paths_is_resumed_and_used_from_anywhere(
     cli: CommandLine, run: RunDir, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from peft import AutoPeftModelForCausalLM
+
     monkeypatch.chdir(tmp_path)
     outcome = cli("resume", "moved", "--retry")
     assert outcome.code == 0, outcome.err
@@ -57,6 +59,9 @@ def test_a_run_with_relative_paths_is_resumed_and_used_from_anywhere(
     assert "--retry has no effect: this is a single run" in outcome.err
     assert Path.cwd() == tmp_path
     loading.load(run)
+    scored = cli("score", "moved")
+    assert scored.code == 0, scored.err
+    AutoPeftModelForCausalLM.from_pretrained("moved")  # by what its own adapter_config.json says
 
 
 def test_a_folder_that_is_gone_is_said(

@@ -126,7 +126,8 @@ def load_tokenizer(settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, li
 def _source(settings: ModelSettings) -> str:
     """The folder or hub id to load from; the embedded model is fetched and converted if need be."""
     if settings.source is not ModelSource.embedded:
-        return settings.name
+        # A folder's full path: adapter_config.json keeps it, and whoever loads the adapter may be elsewhere.
+        return str(Path(settings.name).resolve()) if Path(settings.name).is_dir() else settings.name
     if settings.name != embedded.NAME:
         raise UserError(
             f"model.name={settings.name}: the only embedded model is {embedded.NAME}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,21 +44,24 @@ def score(target: str, data: str | None, reference: str | None, outputs: Path) -
         UserError: there is no such target or data, or one of them is missing.
     """
     found = _target(target, reference, outputs)
+    is_file = data is not None and Path(data).is_file()
+    if data is not None and is_file:
+        data = str(Path(data).resolve())
     if data is None and found.run is None:
         raise UserError(f"{target} is no run, so it has no held-out pairs of its own: name some with --data.")
     trained = None if found.run is None else found.settings.data
     run = found.settings if data is None else replace(found.settings, data=_data(data, trained))
     run = replace(run, train=for_use(run.train))
     machine = choose(run.train, run.seed)
-    base = model.load(run.model, machine)
-    is_file = data is not None and Path(data).is_file()
-    rows = (
-        preferences.load_all(run.data, base.tokenizer, run.seed, stop_ids=base.stop_ids)
-        if is_file
-        else preferences.load(run.data, base.tokenizer, run.seed, stop_ids=base.stop_ids).heldout
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        return _scorer(found, run, machine, base, rows, Path(scratch)).score(rows), run
+    with contextlib.nullcontext() if found.run is None else found.run.in_its_folder():
+        base = model.load(run.model, machine)
+        rows = (
+            preferences.load_all(run.data, base.tokenizer, run.seed, stop_ids=base.stop_ids)
+            if is_file
+            else preferences.load(run.data, base.tokenizer, run.seed, stop_ids=base.stop_ids).heldout
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            return _scorer(found, run, machine, base, rows, Path(scratch)).score(rows), run
 
 
 def _target(target: str, reference: str | None, outputs: Path) -> Target:
