@@ -135,13 +135,15 @@ def _rows_so_far(run: Path) -> list[dict]:
 
 
 def test_two_trials_of_a_sweep_equal_two_runs_apart(cli: CommandLine, tiny_overrides: list[str]) -> None:
-    sweep = cli("train", "-m", *tiny_overrides, "dpo.beta=0.05,0.5", "train.learning_rate=1e-2")
+    words = ["dpo.beta=0.05,0.5", "train.learning_rate=1e-2", "eval.report=true"]
+    sweep = cli("train", "-m", *tiny_overrides, *words)
     assert sweep.code == 0, sweep.err
     outputs = Path(next(o for o in tiny_overrides if o.startswith("outputs=")).partition("=")[2])
     trials = sorted(f for f in outputs.glob("dpo-*-sweep-*/*/run.json") if not f.parent.is_symlink())
     assert len(trials) == 2
     betas = {RunDir(t.parent).settings()["dpo"]["beta"]: t.parent for t in trials}
     for beta, trial in betas.items():
+        assert (trial / "report.html").is_file()
         alone = cli("train", *tiny_overrides, f"dpo.beta={beta}", "train.learning_rate=1e-2").run
         assert_bit_identical(trial, alone)
 
@@ -184,7 +186,9 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(cli: CommandLi
 
 def test_a_parent_is_the_reference_and_versions_count_up(cli: CommandLine, tiny_overrides: list[str]) -> None:
     first = cli("train", *tiny_overrides, "train.learning_rate=1e-2").run
-    second = cli("train", *tiny_overrides, f"parent={first}", "train.learning_rate=1e-2").run
+    words = [f"parent={first}", "train.learning_rate=1e-2", "eval.report=true"]
+    second = cli("train", *tiny_overrides, *words).run
+    assert (second / "report.html").is_file()
     manifest = RunDir(second).manifest()
     assert manifest["version"] == 2
     assert manifest["parent"]["name"] == first.name

@@ -34,7 +34,7 @@ def home(tiny_model: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFa
     shutil.copy(pairs_file, folder / "pairs.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        one_run(Path("./base"), Path("pairs.jsonl"), Path(), "run_dir=run", "eval.samples=0")
+        one_run(Path("./base"), Path("pairs.jsonl"), Path(), "run_dir=run", "eval.samples=0", "eval.report=true")
     return folder
 
 
@@ -52,9 +52,11 @@ def test_a_run_with_relative_paths_is_resumed_and_used_from_anywhere(
     from peft import AutoPeftModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
+    begun = time.time()
     outcome = cli("resume", "moved", "--retry")
     assert outcome.code == 0, outcome.err
     assert run.status() == "finished"
+    assert run.report_file.stat().st_mtime > begun
     assert f"Working in {home}" in outcome.err
     assert "--retry has no effect: this is a single run" in outcome.err
     assert Path.cwd() == tmp_path

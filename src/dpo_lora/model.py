@@ -127,7 +127,7 @@ def _source(settings: ModelSettings) -> str:
     """The folder or hub id to load from; the embedded model is fetched and converted if need be."""
     if settings.source is not ModelSource.embedded:
         # A folder's full path: adapter_config.json keeps it, and whoever loads the adapter may be elsewhere.
-        return str(Path(settings.name).resolve()) if Path(settings.name).is_dir() else settings.name
+        return str(Path(settings.name).absolute()) if Path(settings.name).is_dir() else settings.name
     if settings.name != embedded.NAME:
         raise UserError(
             f"model.name={settings.name}: the only embedded model is {embedded.NAME}. "

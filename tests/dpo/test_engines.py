@@ -236,9 +236,10 @@ def test_a_model_that_cannot_be_packed_takes_the_stock_path_and_says_why(
     )
     Starcoder2ForCausalLM(config).save_pretrained(folder)
     words = [w for w in tiny_overrides if not w.startswith("model.name=")]
-    outcome = cli("train", *words, f"model.name={folder}")
+    outcome = cli("train", *words, f"model.name={folder}", "eval.report=true")
     facts = RunDir(outcome.run).manifest()["engine"]
     assert facts["engine"] == "stock"
+    assert (outcome.run / "report.html").is_file()
     assert "sliding window of 8" in facts["why_stock"]
     assert "sliding window of 8" in outcome.err
     refused = cli("train", *words, f"model.name={folder}", "train.engine=packed")

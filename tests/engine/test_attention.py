@@ -180,8 +180,6 @@ def test_older_varlen_signatures_compute_the_same():
     q1, k1, v1, options = call_for(frozenset({"window_size", "scale", "enable_gqa"}), q, k, v, 0.3)
     assert options == {"window_size": (-1, 0), "scale": 0.3, "enable_gqa": True} and q1 is q and k1 is k
     assert call_for(frozenset({"window_size"}), q, k, v, 0.3, 7)[3] == {"window_size": (6, 0)}
-    with pytest.raises(ValueError, match="flex"):
-        call_for(frozenset({"is_causal"}), q, k, v, 0.3, 7)
     q2, k2, v2, options = call_for(frozenset({"is_causal"}), q, k, v, 0.3)
     assert options == {"is_causal": True}
     s = segments_of(plan_of((5, 3, 4)))

@@ -36,6 +36,18 @@ def test_a_window_smaller_than_the_data_is_packed_where_it_is_known():
     assert "sliding window of 16" in read_facts(other, longest=17)
 
 
+def test_frequencies_that_change_with_the_longest_row_are_refused_in_any_kind_of_layer():
+    sliding, full = (
+        {"rope_type": "default", "rope_theta": 1e4},
+        {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0},
+    )
+    config = worlds.configs()["gemma3"]
+    config.rope_parameters = {"sliding_attention": sliding, "full_attention": full}
+    base = tf.AutoModelForCausalLM.from_config(config)
+    assert read_facts(base, longest=128) is None
+    assert "changes its rotary frequencies beyond 128" in read_facts(base, longest=129)
+
+
 @pytest.mark.parametrize(
     "config, word",
     [

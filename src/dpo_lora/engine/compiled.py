@@ -14,17 +14,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _refused: set[Callable[..., Any]] = set()  # what could not be compiled on this machine, once that was seen
 
 
-def compiled(*dims: int, vectors: bool = False) -> Callable[[Function], Function]:
+def compiled(*dims: int, vectors: bool = False, few: bool = False) -> Callable[[Function], Function]:
     """A decorator: the function by torch.compile where its first argument is on a GPU.
 
     Args:
         dims: dimensions of its matrices whose size changes from call to call. The compiler is told, or it would
             compile once for a size and again for all.
         vectors: whether the length of its vectors changes, too.
+        few: the other sizes are one of a few (a model's width, a head's). Each gets a kernel that knows it; else the
+            second one met makes one for all.
     """
 
     def decorate(function: Function) -> Function:
-        kernel = functools.cache(lambda: _kernel(function))
+        kernel = functools.cache(lambda: _kernel(function, few))
 
         @functools.wraps(function)
         def run(*args: Any) -> Any:
@@ -47,13 +49,13 @@ def compiled(*dims: int, vectors: bool = False) -> Callable[[Function], Function
     return decorate
 
 
-def _kernel(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any], type[Exception]]:
+def _kernel(function: Callable[..., Any], few: bool) -> tuple[Callable[..., Any], Callable[..., Any], type[Exception]]:
     """The function compiled, how to tell it of a size that changes, and what it raises where it cannot be compiled."""
     import torch
     from torch import _dynamo as dynamo  # seconds to import, and of no use on a CPU
     from torch._dynamo.exc import TorchDynamoException
 
-    return torch.compile(function), dynamo.maybe_mark_dynamic, TorchDynamoException
+    return torch.compile(function, dynamic=False if few else None), dynamo.maybe_mark_dynamic, TorchDynamoException
 
 
 def _note(function: Callable[..., Any], error: Exception) -> None:

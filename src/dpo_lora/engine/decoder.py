@@ -63,9 +63,12 @@ class _Family:
         return attention.config.sliding_window if self.windowed else getattr(attention, "sliding_window", None)
 
     def factors(self, norms: list[nn.Module]) -> list[Tensor]:
-        """What each norm multiplies by."""
+        """What each norm multiplies by. Added to one, a weight would lose most of itself in bfloat16."""
         weights = [norm.weight.detach() for norm in norms]
-        return list(torch._foreach_add(weights, 1.0)) if self.centred else weights
+        if not self.centred:
+            return weights
+        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        return list(torch._foreach_add([weight.to(wide) for weight in weights], 1.0))
 
 
 _FAMILIES = (

@@ -79,8 +79,10 @@ def _layer_reason(name: str, text: object, longest: int) -> str | None:
     for label, size in (("sliding window", window if sliding and not known else None), ("attention chunk", chunk)):
         if size is not None and longest > size:
             return f"{name} has a {label} of {size} tokens and the sequences have up to {longest}"
-    if (getattr(text, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
-        original = getattr(text, "original_max_position_embeddings", None) or text.rope_parameters.get(
+    ropes = getattr(text, "rope_parameters", None) or {}
+    ropes = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # of all layers, or a kind's each
+    for rope in (rope for rope in ropes if rope.get("rope_type") in ("dynamic", "longrope")):
+        original = getattr(text, "original_max_position_embeddings", None) or rope.get(
             "original_max_position_embeddings"
         )
         limit = original or getattr(text, "max_position_embeddings", None)

@@ -46,7 +46,7 @@ def _put_back(d_keys: Tensor, d_values: Tensor, own: Tensor, second: Tensor) -> 
     return total(d_keys), total(d_values)
 
 
-@compiled(0)
+@compiled(0, few=True)
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """RMS norm: x [T, hidden] -> (x / rms * weight, 1 / rms [T, 1] in float32)."""
     wide = x.float()
@@ -54,13 +54,13 @@ def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor
     return (wide * inverse * weight.float()).to(x.dtype), inverse
 
 
-@compiled(0)
+@compiled(0, few=True)
 def normalise_again(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
     """The norm's output from what its forward pass kept."""
     return (x.float() * inverse * weight.float()).to(x.dtype)
 
 
-@compiled(0)
+@compiled(0, few=True)
 def normalise_backward(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, beside: Tensor | None) -> Tensor:
     """Gradient of `normalise` for its input, plus ``beside`` (the residual's), [T, hidden]."""
     wide, scaled = x.float(), grad.float() * weight.float()

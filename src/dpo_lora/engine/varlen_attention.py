@@ -85,6 +85,14 @@ def available() -> bool:
     return True
 
 
+@cache
+def _accepted() -> frozenset[str]:
+    """The arguments of this torch's `varlen_attn`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def varlen_pairs(
     query: Tensor,
     key: Tensor,
@@ -97,7 +105,10 @@ def varlen_pairs(
     """query [1, Hq, T, D], key/value [1, Hkv, T, D] in bf16 or fp16 on CUDA -> [1, T, Hq, D]."""
     if softcap is not None:
         raise ValueError("torch's varlen attention has no logit soft-capping; use the kernel 'flex'")
-    return run_segments(query, key, value, segments_of(plan), scale, _flash, window)
+    segments = segments_of(plan)
+    if segments.narrowing(window) is not None and "window_size" not in _accepted():
+        return flex_pairs(query, key, value, plan, scale, softcap, window)
+    return run_segments(query, key, value, segments, scale, _flash, window)
 
 
 def run_segments(query, key, value, segments: Segments, scale: float | None, kernel, window: int | None) -> Tensor:
@@ -110,7 +121,7 @@ def run_segments(query, key, value, segments: Segments, scale: float | None, ker
 def _flash(q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v, options = call_for(frozenset(inspect.signature(varlen_attn).parameters), q, k, v, scale, window)
+    q, k, v, options = call_for(_accepted(), q, k, v, scale, window)
     return varlen_attn(q.contiguous(), k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, **options)
 
 
@@ -120,16 +131,13 @@ def call_for(
     """Tensors and options for a `varlen_attn` that takes the `accepted` arguments (they grew with torch).
 
     Causality is `is_causal` in the first version and `window_size` (-1, 0) later, keys before and behind the query's
-    own; without `enable_gqa` keys are repeated, without `scale` the queries carry it.
-
-    Raises:
-        ValueError: a window, and the first version.
+    own; without `enable_gqa` keys are repeated, without `scale` the queries carry it. The first has no window.
     """
     options: dict[str, object] = {"is_causal": True}
     if "window_size" in accepted:
         options = {"window_size": (-1 if window is None else window - 1, 0)}
-    elif window is not None:
-        raise ValueError("this torch's varlen attention has no sliding window; use the kernel 'flex'")
+    else:
+        assert window is None, "flex computes what is narrowed"
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in accepted:
             options["enable_gqa"] = True
@@ -172,13 +180,14 @@ def flex_pairs(
     if note not in plan.notes:
         pair, branch = visible_pairs(plan)
         places = plan.position_ids[0]
+        limit = None if window is None else torch.tensor(window, device=query.device)
 
         def visible(b, h, q, k):
             own = (branch[k] == 0) | (branch[k] == branch[q])
             return ((pair[q] == pair[k]) | (pair[k] < 0)) & own & (k <= q)
 
         def visible_near(b, h, q, k):
-            return visible(b, h, q, k) & (places[q] - places[k] < window)
+            return visible(b, h, q, k) & (places[q] - places[k] < limit)
 
         rule, tokens = visible if window is None else visible_near, plan.tokens
         plan.notes[note] = create_block_mask(rule, None, None, tokens, tokens, device=str(query.device))

@@ -46,7 +46,7 @@ def score(target: str, data: str | None, reference: str | None, outputs: Path) -
     found = _target(target, reference, outputs)
     is_file = data is not None and Path(data).is_file()
     if data is not None and is_file:
-        data = str(Path(data).resolve())
+        data = str(Path(data).absolute())  # a link's own name tells what kind of file it is
     if data is None and found.run is None:
         raise UserError(f"{target} is no run, so it has no held-out pairs of its own: name some with --data.")
     trained = None if found.run is None else found.settings.data
