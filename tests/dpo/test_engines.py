@@ -18,7 +18,7 @@ from dpo_lora.dpo.engines import _beginning
 from dpo_lora.engine import lanes
 from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import FAILED, FINISHED, RunDir
-from harness import CommandLine, dpo_lora
+from harness import CommandLine, dpo_lora, make_pair
 
 FAST = ["train.learning_rate=1e-2"]
 
@@ -245,6 +245,37 @@ def test_a_model_that_cannot_be_packed_takes_the_stock_path_and_says_why(
     refused = cli("train", *words, f"model.name={folder}", "train.engine=packed")
     assert refused.code == 2
     assert "sliding window of 8" in refused.err
+
+
+def test_the_check_reads_past_a_sliding_window(
+    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two pairs begin they are shorter than the window; only the longest pair tells whether it is there."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = tmp_path / "sliding"
+    shutil.copytree(next(w for w in tiny_overrides if w.startswith("model.name=")).partition("=")[2], folder)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    base = MistralForCausalLM(MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=90))
+    for weight in base.parameters():
+        weight.data.mul_(5 if weight.dim() > 1 else 1)  # as it is made, it hardly looks back
+    base.save_pretrained(folder)
+    pairs = [make_pair(number) for number in range(40)]
+    for pair in pairs[20:]:
+        pair["chosen"] = [{"role": "assistant", "content": "It is sixty. " * 8}]
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    words = [*(w for w in tiny_overrides if not w.startswith("model.name=")), f"model.name={folder}"]
+    words += [f"data.path={file}", "data.heldout_share=0.1", "eval.samples=0"]
+    packed = cli("train", *words, "train.engine=packed").run
+    assert_close(packed, cli("train", *words, "train.engine=stock").run)
+
+    monkeypatch.setenv("DPO_LORA_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr("dpo_lora.engine.decoder._Family.window", lambda *_: None)
+    refused = cli("train", *words, "train.engine=packed")
+    assert refused.code == 2
+    assert "log-probabilities differ" in refused.err
 
 
 @pytest.mark.parametrize("preset", ["aot", "mpo"])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dpo_lora.choices import Engine
 from dpo_lora.dpo.rows import PairTokens, ReferenceRows, lengths
 from dpo_lora.engine.batching import TokenBudget, why_inseparable
-from dpo_lora.engine.eligibility import Verdict, judge
+from dpo_lora.engine.eligibility import Verdict, judge, sliding_window
 from dpo_lora.engine.forward import PackedForward
 from dpo_lora.engine.proofs import Proofs
 from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens, scope_of, sequence_log_probs
@@ -66,7 +66,7 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     train = trainer.run.train
     if train.engine is Engine.stock:
         return EngineChoice(None, "train.engine=stock", None)
-    rows = [_beginning(trainer.train_dataset[i]) for i in range(min(2, len(trainer.train_dataset)))]
+    rows = _probed(trainer)
     longest = max(longest_sequence(trainer.train_dataset), longest_sequence(trainer.heldout))
     # A kernel that was asked for works in the model's own layers; the written-out ones have theirs.
     kernel: dict[str, Any] = {} if train.attention == "auto" else {"kernel": train.attention, "layers": "plain"}
@@ -90,6 +90,16 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
     difference = verdict.difference
     log.info("Pair packing: attention %s; probe differs by %.1e from stock%s.", packed.attention, difference, when)
     return EngineChoice(packed, None, difference, layers, lanes, verdict.known)
+
+
+def _probed(trainer: PairTrainer) -> list[dict[str, Any]]:
+    """What the check reads: how two pairs begin; and the longest whole, where a sliding window hides some of it."""
+    rows = trainer.train_dataset
+    found = [_beginning(rows[i]) for i in range(min(2, len(rows)))]
+    window = sliding_window(trainer.accelerator.unwrap_model(trainer.model).config.get_text_config())
+    if window is not None and longest_sequence(rows) > window:
+        found[0] = rows[int(_sequences(rows).argmax())]
+    return found
 
 
 def _beginning(row: dict[str, Any]) -> dict[str, Any]:
@@ -122,8 +132,13 @@ def warn_inseparable(run: RunSettings, router_aux_loss: bool) -> None:
 
 def longest_sequence(rows: Dataset) -> int:
     """Tokens of the longest prompt + answer."""
+    return int(_sequences(rows).max())
+
+
+def _sequences(rows: Dataset) -> NDArray[np.int32]:
+    """Tokens of each row's prompt and longer answer, [N]."""
     prompt, chosen, rejected = lengths(rows).T
-    return int((prompt + np.maximum(chosen, rejected)).max())
+    return prompt + np.maximum(chosen, rejected)
 
 
 @dataclass(frozen=True)

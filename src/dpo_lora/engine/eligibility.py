@@ -28,8 +28,8 @@ engine, and cannot tell rounding from rounding."""
 
 _FULL = {"full_attention", "attention"}
 _WINDOWED = {"gemma2", "gemma3_text", "mistral", "mixtral", "phi3", "qwen2", "qwen3"}
-"""Model types whose layers hand their sliding window to the attention interface. The check at the start reads pairs too
-short to find out; tests/engine compares each of these with windows shorter than its pairs."""
+"""Model types whose layers hand their sliding window to the attention interface: tests/engine compares each of these
+with stock at windows shorter than its pairs."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,23 @@ def read_facts(model: nn.Module, longest: int) -> str | None:
     return _layer_reason(name, text, longest) or _adapter_reason(model)
 
 
+def sliding_window(text: object) -> int | None:
+    """How many tokens of its sequence a token sees in some layer, by the model's config; None: all before it."""
+    kinds = getattr(text, "layer_types", None)
+    if not getattr(text, "use_sliding_window", True) or (kinds and "sliding_attention" not in kinds):
+        return None
+    return getattr(text, "sliding_window", None)
+
+
 def _layer_reason(name: str, text: object, longest: int) -> str | None:
     kinds = set(getattr(text, "layer_types", None) or ())
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = sliding_window(text)
     chunk = getattr(text, "attention_chunk_size", None)
-    sliding = "sliding_attention" in kinds if kinds else window is not None
     other = kinds - _FULL - {"sliding_attention", "chunked_attention"}
     if other:
         return f"{name} has layers of another kind than attention ({', '.join(sorted(other))})"
     known = getattr(text, "model_type", "") in _WINDOWED
-    for label, size in (("sliding window", window if sliding and not known else None), ("attention chunk", chunk)):
+    for label, size in (("sliding window", None if known else window), ("attention chunk", chunk)):
         if size is not None and longest > size:
             return f"{name} has a {label} of {size} tokens and the sequences have up to {longest}"
     ropes = getattr(text, "rope_parameters", None) or {}
