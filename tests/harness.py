@@ -30,7 +30,9 @@ def make_pair(number: int) -> dict[str, object]:
     }
 
 
-def dpo_lora(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def dpo_lora(
+    *words: str, cwd: Path | None = None, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The real command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "dpo_lora", *words],
@@ -39,7 +41,7 @@ def dpo_lora(*words: str, cwd: Path | None = None, **environment: str) -> subpro
         cwd=cwd,
         env={**os.environ, **environment},
         check=False,
-        timeout=300,
+        timeout=timeout,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,20 @@ def test_no_such_file_suggests_a_near_name(cli: CommandLine, tiny_overrides: lis
     (tmp_path / "pairs.jsonl").write_text(lines(*GOOD))
     message = refused(cli, *replaced(tiny_overrides, f"data.path={tmp_path / 'pears.jsonl'}"))
     assert "'pairs.jsonl'" in message
+
+
+@pytest.mark.parametrize("word", ["model.name=./no/such/folder", "data.path=no/such/pairs.jsonl"])
+def test_a_wrong_path_is_told_before_anything_is_loaded_or_made(
+    tiny_overrides: list[str], tmp_path: Path, word: str
+) -> None:
+    words = replaced(tiny_overrides, word)
+    command = [sys.executable, "-X", "importtime", "-m", "dpo_lora", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "There is no" in done.stderr
+    assert "dpo_lora.composition" in done.stderr, "imports are told"
+    assert not any(line.split("|")[-1].strip() in ("torch", "datasets") for line in done.stderr.splitlines())
+    assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize(

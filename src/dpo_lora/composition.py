@@ -17,14 +17,15 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lora import usage
 from dpo_lora.errors import UserError
 from dpo_lora.files import write_atomic
+from dpo_lora.preferences.parts import parts
 from dpo_lora.provenance import record_command
-from dpo_lora.resources import conf_dir
+from dpo_lora.resources import conf_dir, missing_folder
 from dpo_lora.schema import RunSettings
 from dpo_lora.settings import fingerprint, from_hydra, from_plain, plain, register_schema
 from dpo_lora.typos import check_names, explain
@@ -55,6 +56,25 @@ def place() -> Place:
         return Place(None, None, overrides)
     sweep = Path(hydra.sweep.dir).resolve()
     return Place(sweep / str(hydra.sweep.subdir), sweep, overrides)
+
+
+def settings_of(cfg: DictConfig, place: Place) -> RunSettings:
+    """The settings of the job at hand. The files that a single run is to read are looked for: a wrong path need not
+    wait for libraries and a model. In a sweep it fails its trial.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException, UserError: as :func:`from_hydra`; a file is not there.
+    """
+    from dpo_lora.preferences.sources.source import require
+
+    settings = from_hydra(cfg)
+    if place.sweep is not None:
+        return settings
+    if missing := missing_folder(settings.model.name):
+        raise UserError(missing)
+    for part in parts(settings.data):
+        require(part)
+    return settings
 
 
 def open_run(

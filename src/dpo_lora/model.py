@@ -14,6 +14,7 @@ from dpo_lora import embedded
 from dpo_lora.choices import ModelSource, Quantization
 from dpo_lora.device import Machine
 from dpo_lora.errors import UserError
+from dpo_lora.resources import missing_folder
 from dpo_lora.schema import ModelSettings
 
 if TYPE_CHECKING:
@@ -215,8 +216,8 @@ def _why_not(settings: ModelSettings, error: Exception) -> str:
     name, text = settings.name, str(error)
     if Path(name).is_dir():
         return f"The folder {name} could not be loaded as a model: {text}"
-    if name.startswith((".", "/", "~")):
-        return f"There is no model folder {name}. Give an existing folder or a hub id such as Qwen/Qwen3-0.6B."
+    if missing := missing_folder(name):
+        return missing
     if "gated" in text or "401" in text or "403" in text:
         return (
             f"{name} is gated and this machine may not read it. Accept its licence on its hub page and log in "

@@ -30,6 +30,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DPO_LORA_CACHE") or platformdirs.user_cache_dir("dpo-lora"))
 
 
+def missing_folder(model: str) -> str | None:
+    """What to tell of a base model whose name is a path where no folder is; None: there is one, or it is a hub id."""
+    if Path(model).is_dir() or not model.startswith((".", "/", "~")):
+        return None
+    return f"There is no model folder {model}. Give an existing folder or a hub id such as Qwen/Qwen3-0.6B."
+
+
 def reference_folder() -> Path:
     """Where reference log-probabilities are kept for all runs of this user."""
     return cache_dir() / "reference"

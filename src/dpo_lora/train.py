@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from dpo_lora import composition
 from dpo_lora.resources import conf_dir
 from dpo_lora.schema import RunSettings
-from dpo_lora.settings import from_hydra, plain, register_schema
+from dpo_lora.settings import plain, register_schema
 
 register_schema()
 composition.register_resolvers()
@@ -23,7 +23,7 @@ def hydra_entry(cfg: DictConfig) -> None:
     """One run, or one trial of a sweep; its directory is the last line on stdout."""
     place = composition.place()
     with composition.refusing(place):
-        settings = from_hydra(cfg)
+        settings = composition.settings_of(cfg, place)
         print(train(settings, trial=place.trial, sweep=place.sweep, overrides=place.overrides), flush=True)  # noqa: T201
 
 

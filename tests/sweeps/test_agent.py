@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +110,7 @@ def test_a_job_that_was_told_to_stop_stays_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(960)
 def test_a_trial_longer_than_its_jobs(tiny_overrides: list[str]) -> None:
     words = [
         w
@@ -123,12 +123,17 @@ def test_a_trial_longer_than_its_jobs(tiny_overrides: list[str]) -> None:
         "hydra.launcher.cpus=1",
         "hydra.launcher.minutes=2",
     ]
-    words += ["train.max_steps=400", "train.save_every=0", "train.pairs_per_step=32", "eval.samples=0", "tracking=none"]
-    begun = time.monotonic()
-    done = dpo_lora("train", "-m", *words, "seed=1")
+    words += [
+        "train.max_steps=1500",
+        "train.save_every=0",
+        "train.pairs_per_step=32",
+        "eval.samples=0",
+        "tracking=none",
+    ]
+    done = dpo_lora("train", "-m", *words, "seed=1", timeout=900)
     assert done.returncode == 0, done.stderr
     sweep = Path(done.stdout.strip().splitlines()[-1])
-    (trial,) = [p.parent for p in sweep.glob("*/trial.json")]
+    (trial,) = [p.parent for p in sweep.glob("*/trial.json") if not p.parent.is_symlink()]  # "best" is a link
     assert RunDir(trial).manifest()["status"] == "finished"
-    assert time.monotonic() - begun > 60, "longer than one job"
-    assert len(list((sweep / ".slurm").iterdir())) > 1
+    jobs = [folder for folder in (sweep / ".slurm").iterdir() if folder.name.isdigit()]
+    assert len(jobs) > 1, "it ended within its first job: give it more steps"

@@ -80,8 +80,9 @@ def _heldout(after: dict[str, Any], confidence: float) -> Iterator[Finding]:
         yield Finding(
             "too few held-out pairs",
             "warning",
-            f"{after['pairs']} held-out pairs cannot tell this accuracy from a coin.",
-            f"Accuracy {after['accuracy']:.3f}, interval {low:.3f} to {high:.3f}. {more}",
+            "The held-out pairs are too few to tell this accuracy from a coin; data.heldout_share and "
+            "data.heldout_path hold out more.",
+            f"Accuracy {after['accuracy']:.3f}, interval {low:.3f} to {high:.3f}, pairs {after['pairs']}. {more}",
         )
     rises = after["margin_interval"][0] is not None and after["margin_interval"][0] > 0
     if rises and after["reward_chosen"] < 0:

@@ -38,7 +38,7 @@ def show(run: RunDir, console: Console) -> None:
     console.print()
     console.print(table)
     low, high = evaluation["after"]["accuracy_interval"]
-    console.print(f"{evaluation['after']['pairs']} pairs held out; {_verdict(low, high)}")
+    console.print(f"Pairs held out: {evaluation['after']['pairs']}; {_verdict(low, high)}")
     terminal.show_findings(console, diagnosis.of_run(run))
     console.print(
         f"{training['steps']} steps, {training['pairs']} pairs, {training['tokens_per_second']:.0f} tokens/s, "
