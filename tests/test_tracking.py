@@ -105,7 +105,7 @@ def test_tensorboard_that_is_missing_is_said_before_the_model_is_looked_for(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     words = [w for w in tiny_overrides if not w.startswith(("tracking=", "model.name="))]
-    outcome = cli("train", *words, "model.name=./no/such/folder", "tracking=tensorboard")
+    outcome = cli("train", *words, "model.name=nobody/nothing", "tracking=tensorboard")
     assert outcome.code == 2, outcome.err
     assert "pip install 'dpo-lora[tensorboard]'" in outcome.err
 
