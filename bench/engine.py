@@ -44,6 +44,7 @@ ABLATIONS = {
     "no statistics": {"statistics": ()},
     "no lanes (rows one by one)": {"lanes": 1},
     "no budget": {"budget": None},
+    "no C++ (torch's attention and passes)": {"native": False},
     "products by the other library": {"other_products": True},  # oneDNN on Intel's processors, BLAS elsewhere
 }
 

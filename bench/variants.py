@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
 
@@ -19,16 +20,18 @@ AUTO = -1  # as budget: what the product takes by itself
 
 
 @contextmanager
-def library(onednn: bool):
-    """The engine's float32 products by oneDNN or by torch's BLAS."""
-    from dpo_lora.engine import products
+def replaced(products: bool, native: bool):
+    """The engine's float32 products by the other one of oneDNN and torch's BLAS, its C++ by torch's operations."""
+    from dpo_lora.engine import products as own
+    from dpo_lora.engine.native import passes
 
-    before = products.by_onednn
-    products.by_onednn = lambda: onednn
-    try:
+    other = not own.by_onednn()
+    with ExitStack() as stack:
+        if products:
+            stack.enter_context(patch.object(own, "by_onednn", lambda: other))
+        if native:
+            stack.enter_context(patch.object(passes, "serves", lambda *_: False))
         yield
-    finally:
-        products.by_onednn = before
 
 
 class Bench:
@@ -133,11 +136,10 @@ class Bench:
             return self.epoch(cut, cached=True)
 
     def ours(
-        self, cached: bool, budget: int | None = AUTO, other_products: bool = False, **engine
+        self, cached: bool, budget: int | None = AUTO, other_products: bool = False, native: bool = True, **engine
     ) -> tuple[float, list[float]]:
         from dpo_lora.engine.batching import common_opening, cut, pair_tokens
         from dpo_lora.engine.forward import PackedForward
-        from dpo_lora.engine.products import by_onednn
 
         packed = PackedForward(self.model, **engine)
         lanes = packed.lanes_here()
@@ -150,7 +152,7 @@ class Bench:
             steps.append([[step[i] for i in m.pairs] for m in micros])
         packed.install()
         try:
-            with self.checkpointing(False), library(by_onednn() is not other_products):
+            with self.checkpointing(False), replaced(products=other_products, native=not native):
                 spent = 0.0 if cached else self.own_reference(packed)
                 seconds, losses = self.epoch(steps, cached=True, planned=True)
                 return spent + seconds, losses

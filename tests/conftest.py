@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import CHATML, CommandLine, make_pair
+from harness import CHATML, CommandLine, cache_with_kernels, make_pair
 from one_run import tiny_words
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -17,10 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reference log-probabilities of tests stay out of the user's cache; the embedded model is shared with it."""
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Reference log-probabilities of tests stay out of the user's cache; the embedded model is shared with it, and what
+    was compiled, which takes seconds."""
+    folder = cache_with_kernels(tmp_path_factory.mktemp("cache"))
     if request.node.get_closest_marker("embedded") is None:
-        monkeypatch.setenv("DPO_LORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("DPO_LORA_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

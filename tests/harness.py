@@ -11,12 +11,25 @@ from pathlib import Path
 
 import pytest
 
+from dpo_lora.resources import kernels_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+_KERNELS = kernels_folder()
+
+
+def cache_with_kernels(folder: Path) -> Path:
+    """A cache folder of a test's own that has what was compiled for this machine: that takes two seconds."""
+    _KERNELS.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels").symlink_to(_KERNELS)
+    return folder
 
 
 def make_pair(number: int) -> dict[str, object]:

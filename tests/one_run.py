@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from harness import cache_with_kernels
+
 
 def tiny_words(model: Path, pairs: Path, outputs: Path) -> list[str]:
     """A command line that trains in a second."""
@@ -38,7 +40,7 @@ def one_run(model: Path, pairs: Path, folder: Path, *words: str) -> Path:
     command = [*tiny_words(model, pairs, folder / "outputs"), *words]
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        patch.setenv("DPO_LORA_CACHE", str(folder / "cache"))
+        patch.setenv("DPO_LORA_CACHE", str(cache_with_kernels(folder / "cache")))
         patch.setattr(sys, "argv", ["dpo-lora", "train", *command])
         main()
     return Path(said.getvalue().strip().splitlines()[-1])

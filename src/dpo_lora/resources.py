@@ -45,3 +45,8 @@ def reference_folder() -> Path:
 def proofs_folder() -> Path:
     """Where it is noted on what the packed engine was found equal to the stock one."""
     return cache_dir() / "proofs"
+
+
+def kernels_folder() -> Path:
+    """Where what was compiled for this machine lies."""
+    return cache_dir() / "kernels"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -175,10 +174,10 @@ def test_a_parents_reference_is_not_the_bases(cli: CommandLine, tiny_overrides: 
 
 
 def test_a_broken_cache_file_is_noticed_and_built_again(
-    cli: CommandLine, tiny_overrides: list[str], tmp_path: Path
+    cli: CommandLine, tiny_overrides: list[str], own_cache: Path
 ) -> None:
     first = cli("train", *tiny_overrides, *FAST).run
-    files = list((tmp_path / "cache" / "reference").glob("*/*.safetensors"))
+    files = list((own_cache / "reference").glob("*/*.safetensors"))
     assert files
     for file in files:
         bits = bytearray(file.read_bytes())
@@ -203,16 +202,16 @@ def test_cache_entries_are_listed_and_removed(cli: CommandLine, tiny_overrides: 
     assert cli("cache", "ls").out == ""
 
 
-def test_two_runs_started_together_share_one_cache(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_two_runs_started_together_share_one_cache(tiny_overrides: list[str], tmp_path: Path, own_cache: Path) -> None:
     words = [sys.executable, "-m", "dpo_lora", "train", *tiny_overrides, *FAST]
     runs = [tmp_path / "a", tmp_path / "b"]
-    environment = {**os.environ, "DPO_LORA_CACHE": str(tmp_path / "cache")}
-    started = [subprocess.Popen([*words, f"run_dir={run}"], env=environment, stderr=subprocess.PIPE) for run in runs]
+    started = [subprocess.Popen([*words, f"run_dir={run}"], stderr=subprocess.PIPE) for run in runs]
     for process in started:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
     assert_same_bits(*runs)
-    done = dpo_lora("cache", "verify", DPO_LORA_CACHE=str(tmp_path / "cache"))
+    assert list((own_cache / "reference").rglob("*.safetensors"))
+    done = dpo_lora("cache", "verify")
     assert done.returncode == 0, done.stdout
 
 

@@ -146,6 +146,6 @@ def arrow_files(folder: Path) -> Iterator[str]:
     return (p.name for p in folder.rglob("*.arrow"))
 
 
-def test_a_run_leaves_no_copies_of_the_pairs(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_a_run_leaves_no_copies_of_the_pairs(cli: CommandLine, tiny_overrides: list[str], own_cache: Path) -> None:
     assert cli("train", *tiny_overrides, "train.max_steps=2").code == 0
-    assert list(arrow_files(tmp_path / "cache" / "pairs")) == ["pairs.arrow"]
+    assert list(arrow_files(own_cache / "pairs")) == ["pairs.arrow"]

@@ -12,7 +12,7 @@ from harness import CommandLine
 TRIAL = "[0-9a-f]" * 16
 
 
-def test_eight_trials_make_one_reference_pass(cli: CommandLine, tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_eight_trials_make_one_reference_pass(cli: CommandLine, tiny_overrides: list[str], own_cache: Path) -> None:
     words = [*tiny_overrides, "eval.samples=0"]
     varied = ["dpo.beta=0.05,0.1", "train.learning_rate=1e-3,2e-3", "lora.r=2,4"]
     done = cli("train", "-m", *words, *varied, "sweep.slots=2")
@@ -22,7 +22,7 @@ def test_eight_trials_make_one_reference_pass(cli: CommandLine, tiny_overrides: 
     assert [run["status"] for run in runs] == ["finished"] * 8
     uses = [run["engine"]["reference_cache"] for run in runs]
     assert uses == [{"pairs_found": 40, "pairs_computed": 0}] * 8
-    shards = (tmp_path / "cache" / "reference").rglob("*.safetensors")
+    shards = (own_cache / "reference").rglob("*.safetensors")
     assert sum(len(load_file(shard)["keys"]) for shard in shards) == 40  # and none of them twice
 
     alone = cli("train", *words, "dpo.beta=0.05", "train.learning_rate=1e-3", "lora.r=2")

@@ -1,7 +1,7 @@
 """What a decoder layer computes besides its matrix products, on a CPU: in place wherever a tensor is not needed again.
 
-`gpu_passes.py` has the same functions for a GPU; `layer.py` puts either between the products. Here the attention reads
-keys and values where they lie, so that nothing is gathered and put back.
+`gpu_passes.py` has the same functions for a GPU, `native/passes.py` in C++; `layer.py` puts one of them between the
+products. Here the attention reads keys and values where they lie, so that nothing is gathered and put back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dpo_lora.engine.flash_attention import attend, attend_backward
 from dpo_lora.engine.packing import PairPlan
 
 __all__ = [
+    "KERNEL",
     "attend",
     "attend_backward",
     "gated",
@@ -26,6 +27,10 @@ __all__ = [
     "put_back",
     "rotate",
 ]
+
+
+KERNEL = "flash"
+"""The attention's name."""
 
 
 def gathered(k: Tensor, v: Tensor, plan: PairPlan) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from dpo_lora.engine import cpu_passes, gpu_passes
 from dpo_lora.engine.layer import LayerParts, Rotation, run_layer
 from dpo_lora.engine.lowrank import Projection, prepared, read_projection, watched
+from dpo_lora.engine.native import passes as native_passes
 from dpo_lora.engine.packing import PairPlan
 
 
@@ -91,15 +92,18 @@ _FAMILIES = (
 _ACTIVATIONS = {"silu": (SiLUActivation, nn.SiLU), "gelu": (GELUTanh,)}
 
 
-def passes_for(weight: Tensor) -> ModuleType | None:
-    """What a layer of this weight's device and format computes by; None where nothing is written for it.
+def passes_for(backbone: nn.Module) -> ModuleType | None:
+    """What layers of this device, format and width compute by; None where nothing is written for them.
 
     On a GPU products are in the format of the weights, which autocast, where it is on, must agree with.
     """
+    weight = backbone.get_input_embeddings().weight
     device, dtype = weight.device.type, weight.dtype
     autocast = torch.is_autocast_enabled(device)
     if device == "cpu" and dtype in (torch.float32, torch.float64) and not autocast:
-        return cpu_passes
+        config, head_dim = backbone.config, backbone.layers[0].self_attn.head_dim
+        native = native_passes.serves(dtype, head_dim, config.hidden_size, config.intermediate_size)
+        return native_passes if native else cpu_passes
     if device == "cuda" and dtype == torch.bfloat16:
         return gpu_passes if not autocast or torch.get_autocast_dtype(device) == dtype else None
     return None
@@ -146,7 +150,7 @@ def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts
     """
     recompute = recompute or (getattr(backbone, "gradient_checkpointing", False) and backbone.training)
     family = _family(backbone)
-    passes = passes_for(backbone.get_input_embeddings().weight)
+    passes = None if family is None else passes_for(backbone)
     if family is None or passes is None or not _is_norm(backbone.norm, family) or watched(backbone):
         return None
     layers = backbone.layers[: backbone.config.num_hidden_layers]

@@ -15,6 +15,7 @@ from dpo_lora.engine.attention import attach, default_kernel, packed_rows
 from dpo_lora.engine.decoder import read_layers, run_decoder
 from dpo_lora.engine.head import STATISTICS, HeadRule, token_scores
 from dpo_lora.engine.lanes import lanes_for, lanes_here, score_in_lanes
+from dpo_lora.engine.layer import LayerParts
 from dpo_lora.engine.packing import PairPlan, plan_batch
 
 
@@ -65,13 +66,16 @@ class PackedForward:
 
     @property
     def attention(self) -> str:
-        """Name of the kernel in use: on a CPU "flash" (`flash_attention.py`) where the layers are written out."""
-        on_cpu = self.base.get_input_embeddings().weight.device.type == "cpu"
-        return "flash" if on_cpu and self.writes_out() else self.kernel
+        """Name of the kernel in use: where the layers are written out, the one of their passes."""
+        layers = self._written_out()
+        return self.kernel if layers is None else layers[0].passes.KERNEL
 
     def writes_out(self) -> bool:
         """Whether `decoder.py` runs the layers, in the present state of the model (and of autocast)."""
-        return self._may_write_out and read_layers(self.base.base_model) is not None
+        return self._written_out() is not None
+
+    def _written_out(self) -> list[LayerParts] | None:
+        return read_layers(self.base.base_model, self.recompute) if self._may_write_out else None
 
     def lanes_here(self) -> int:
         """How many rows are computed at once, in the present state of the model, where they are long enough."""
@@ -124,8 +128,7 @@ class PackedForward:
         """Of each head entry [N] its log-probability and the statistics asked for, as `token_scores` gives them; and if
         asked, the routers' logits of a mixture of experts."""
         backbone, head, rule = self.base.base_model, self.base.get_output_embeddings(), self.rule
-        written_out = self._may_write_out and not router_logits
-        layers = read_layers(backbone, self.recompute) if written_out else None
+        layers = None if router_logits else self._written_out()
         if layers is None:
             hidden, logits = self._entry_states(plan, router_logits)
             return token_scores(hidden, head, plan.head_labels, rule, statistics), logits

@@ -17,6 +17,9 @@ from dpo_lora.engine.compiled import compiled
 from dpo_lora.engine.packing import PairPlan
 from dpo_lora.engine.varlen_attention import Segments, segments_of
 
+KERNEL = "varlen"
+"""The attention's name."""
+
 
 def gathered(k: Tensor, v: Tensor, plan: PairPlan) -> tuple[Tensor, Tensor]:
     """k, v [T, Hkv, D] -> [K, Hkv, D], each run's keys behind what it sees."""

@@ -10,7 +10,8 @@ Written out, what is not a matrix product shrinks to a dozen passes, and only wh
 kept: the layer's input, the rotated q, keys and values, the attention output, the middle residual, gate and up, and the
 narrow LoRA products; and what goes into the additional norms.
 
-Those passes are `cpu_passes`, which work in place, or `gpu_passes`, which are compiled.
+Those passes are `gpu_passes`, which are compiled, or on a CPU `native.passes` in C++ or `cpu_passes`, which work in
+place.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class LayerParts:
     window: how many tokens of its sequence a token sees, itself included; None: all before it.
     adapters: the trained LoRA weights, of every projection down and up; None where it has none. The groups hold them
         in the format that products are made in.
-    passes: `cpu_passes` or `gpu_passes`.
+    passes: `native.passes`, `cpu_passes` or `gpu_passes`.
     """
 
     attention_norm: Tensor

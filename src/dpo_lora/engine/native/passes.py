@@ -1,0 +1,104 @@
+"""`cpu_passes.py` in C++: what a decoder layer computes besides its products, each pass once through memory.
+
+gelu and what does not fill whole vectors is left to torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_lora.engine import cpu_passes
+from dpo_lora.engine.cpu_passes import gathered, put_back
+from dpo_lora.engine.native import library
+from dpo_lora.engine.native.attention import attend, attend_backward
+
+__all__ = [
+    "KERNEL",
+    "attend",
+    "attend_backward",
+    "gated",
+    "gated_again",
+    "gated_backward",
+    "gathered",
+    "normalise",
+    "normalise_again",
+    "normalise_backward",
+    "put_back",
+    "rotate",
+]
+
+
+KERNEL = "native"
+"""The attention's name."""
+
+
+def serves(dtype: torch.dtype, head_dim: int, *widths: int) -> bool:
+    """Whether there is a library here that computes layers of these widths (hidden, intermediate) in this format."""
+    if dtype is not torch.float32:
+        return False
+    compiled = library.loaded()
+    width = 0 if compiled is None else compiled.vector_width()
+    return width > 0 and all(each % width == 0 for each in (head_dim // 2, *widths))
+
+
+def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """RMS norm: x [T, hidden] -> (x / rms * weight, 1 / rms [T, 1])."""
+    x = x.contiguous()
+    out, inverse = torch.empty_like(x), x.new_empty(len(x), 1)
+    library.call("normalise", x, weight.contiguous(), out, inverse, *x.shape, epsilon)
+    return out, inverse
+
+
+def normalise_again(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    """The norm's output from what its forward pass kept."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    library.call("normalise_again", x, inverse, weight.contiguous(), out, *x.shape)
+    return out
+
+
+def normalise_backward(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, beside: Tensor | None) -> Tensor:
+    """Gradient of `normalise` for its input, plus ``beside`` (the residual's), [T, hidden]."""
+    grad, x = grad.contiguous(), x.contiguous()
+    out = torch.empty_like(x)
+    beside = None if beside is None else beside.contiguous()
+    library.call("normalise_backward", grad, x, inverse, weight.contiguous(), beside, out, *x.shape)
+    return out
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of q and k [T, heads, head_dim], in place; cos and sin [T, 1, head_dim / 2].
+
+    sign -1 turns back (the gradient of sign 1).
+    """
+    for x in (q, k):
+        library.call("rotate", x, cos, sin, len(x), x.shape[1], cos.shape[2], sign)
+    return q, k
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """silu(gate) * up, [T, intermediate]; with activation "gelu" its tanh form."""
+    if activation != "silu":
+        return cpu_passes.gated(gate, up, activation)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    library.call("gated", gate, up, out, *gate.shape)
+    return out
+
+
+def gated_again(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+    """`gated` for the backward pass, and what `gated_backward` can use of it."""
+    return (gated(gate, up, activation), None) if activation == "silu" else cpu_passes.gated_again(gate, up, activation)
+
+
+def gated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, slope: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `gated` for gate and up, the former made in place of ``grad``."""
+    if slope is not None:
+        return cpu_passes.gated_backward(grad, gate, up, slope, activation)
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    d_up = torch.empty_like(up)
+    library.call("gated_backward", grad, gate, up, d_up, *grad.shape)
+    return grad, d_up

@@ -1,0 +1,30 @@
+"""The library compiled for this machine, and for the vectors that other machines have."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+
+import pytest
+
+from dpo_lora.engine.native import library
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+VECTORS = {"own": (), "avx2": ("-march=haswell",), "sse": ("-march=x86-64",)} if X86 else {"own": ()}
+
+
+@functools.cache
+def compiled(vectors: str) -> ctypes.CDLL:
+    compiler = library.found_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler on this machine")
+    return ctypes.CDLL(str(library.built(compiler, library.kernels_folder(), VECTORS[vectors])))
+
+
+@pytest.fixture(params=VECTORS)
+def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many floats a vector of the library in use has."""
+    made = compiled(request.param)
+    monkeypatch.setattr(library, "loaded", lambda: made)
+    return made.vector_width()

@@ -1,0 +1,112 @@
+"""The library is compiled once, by whichever compiler there is, and nothing needs it."""
+
+from __future__ import annotations
+
+import logging
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tests.engine import worlds
+
+from dpo_lora.engine import cpu_passes, proofs
+from dpo_lora.engine.decoder import read_layers
+from dpo_lora.engine.native import library
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    """No test sees what another has loaded."""
+    library._loaded.cache_clear()
+    yield
+    library._loaded.cache_clear()
+
+
+@pytest.fixture
+def compiler():
+    found = library.found_compiler()
+    if found is None:
+        pytest.skip("no C++ compiler on this machine")
+    return found
+
+
+def counting(tmp_path: Path, compiler: list[str], then: str = "") -> tuple[Path, Path]:
+    """A compiler that notes each of its calls in a file before it works."""
+    script, calls = tmp_path / "c++", tmp_path / "calls"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{then or f"exec {compiler[0]}"} "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script, calls
+
+
+def compilations(calls: Path) -> int:
+    return sum("-shared" in line for line in calls.read_text().splitlines())
+
+
+def test_compiled_once_for_all_processes(tmp_path, compiler, monkeypatch):
+    script, calls = counting(tmp_path, compiler)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(library, "kernels_folder", lambda: tmp_path / "kernels")
+    assert library.loaded() is library.loaded() is not None
+    library._loaded.cache_clear()  # as another process
+    assert library.loaded() is not None
+    assert compilations(calls) == 1
+    assert [file.name for file in (tmp_path / "kernels").iterdir()] == [library.compiled_name()]
+
+
+def test_lanes_that_ask_at_once_compile_once(tmp_path, compiler, monkeypatch):
+    script, calls = counting(tmp_path, compiler)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(library, "kernels_folder", lambda: tmp_path / "kernels")
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: library.loaded(), range(4)))
+    assert len(found) == 1 and compilations(calls) == 1
+
+
+def test_other_instructions_are_another_file(tmp_path, compiler):
+    own = library.built(compiler, tmp_path)
+    other = library.built(compiler, tmp_path, ("-DOTHER",))
+    assert own != other and own == library.built(compiler, tmp_path)
+
+
+@pytest.mark.parametrize("then", ["echo no such flag >&2; exit 1 ;", "sleep 5 ;"], ids=["fails", "hangs"])
+def test_a_compiler_that_does_not_do_is_told_and_done_without(then, tmp_path, monkeypatch, caplog):
+    script, _ = counting(tmp_path, [], then)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(library, "_LONGEST", 1)
+    with caplog.at_level(logging.WARNING, logger=library.__name__):
+        assert library.loaded() is None and library.compiled_name() is None
+    assert str(script) in caplog.text and ("no such flag" in caplog.text or "timed out" in caplog.text)
+    assert trains_by_torch()
+
+
+def test_a_file_that_does_not_load_is_done_without(tmp_path, compiler, monkeypatch, caplog):
+    monkeypatch.setattr(library, "kernels_folder", lambda: tmp_path)
+    library.built(compiler, tmp_path).write_bytes(b"not a library")
+    with caplog.at_level(logging.WARNING, logger=library.__name__):
+        assert library.loaded() is None
+    assert "could not be compiled and loaded" in caplog.text
+
+
+def test_a_machine_without_a_compiler(monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with caplog.at_level(logging.INFO, logger=library.__name__):
+        assert library.loaded() is None
+    assert "No C++ compiler" in caplog.text
+    assert trains_by_torch()
+
+
+def trains_by_torch() -> bool:
+    base = worlds.model("llama", hidden_size=64, intermediate_size=96)
+    return read_layers(base.base_model.requires_grad_(False))[0].passes is cpu_passes
+
+
+def test_a_probe_that_was_passed_by_other_kernels_is_made_again(tmp_path, compiler, monkeypatch):
+    rows = worlds.pairs(2)
+    trainer = worlds.trainer(worlds.model(), rows, tmp_path)
+    batch = trainer.data_collator(rows)
+    known = proofs.Proofs(tmp_path, "weights")
+    by_library = known.key(trainer.model, batch)
+    monkeypatch.setattr(proofs, "compiled_name", lambda: None)
+    assert by_library is not None and known.key(trainer.model, batch) not in (by_library, None)
