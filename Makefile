@@ -55,12 +55,15 @@ bench-gpu: $(STAMP)  ## the same on a CUDA device: Llama-3.2-1B's shape, bf16, 4
 	$(BIN)/python -W ignore bench/gpu.py $(ARGS)
 	$(BIN)/python bench/table.py
 
+CPP := $(wildcard src/dpo_lora/engine/native/*.cpp src/dpo_lora/engine/native/*.h)
 check: $(STAMP)  ## lint, format and types; changes nothing
 	$(BIN)/ruff check src tests bench docs
 	$(BIN)/ruff format --check src tests bench docs
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 fix: $(STAMP)  ## let ruff rewrite what it can, and write docs/settings.md anew
 	$(BIN)/ruff check --fix src tests bench docs
 	$(BIN)/ruff format src tests bench docs
+	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/python docs/settings.py

@@ -30,7 +30,7 @@ def replaced(products: bool, native: bool):
         if products:
             stack.enter_context(patch.object(own, "by_onednn", lambda: other))
         if native:
-            stack.enter_context(patch.object(passes, "serves", lambda *_: False))
+            stack.enter_context(patch.object(passes, "serve", lambda *_: False))
         yield
 
 

@@ -7,11 +7,10 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-
-from dpo_lora.resources import kernels_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,11 +20,11 @@ CHATML = (
 )
 
 
-_KERNELS = kernels_folder()
+_KERNELS = Path(tempfile.gettempdir()) / f"dpo-lora-kernels-{os.getuid()}"
 
 
 def cache_with_kernels(folder: Path) -> Path:
-    """A cache folder of a test's own that has what was compiled for this machine: that takes two seconds."""
+    """A cache folder of a test's own but for what was compiled for this machine, which takes two seconds."""
     _KERNELS.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernels").symlink_to(_KERNELS)

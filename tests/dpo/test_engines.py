@@ -15,11 +15,33 @@ from safetensors.torch import load_file
 from dpo_lora import lora
 from dpo_lora.dpo.engines import _beginning
 from dpo_lora.engine import lanes
+from dpo_lora.engine.native.library import found_compiler
 from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import FAILED, FINISHED, RunDir
 from harness import CommandLine, dpo_lora, make_pair
 
 FAST = ["train.learning_rate=1e-2"]
+
+
+@pytest.fixture(params=["narrow", "wide"])
+def words_of_width(request: pytest.FixtureRequest, tiny_overrides: list[str], tmp_path: Path) -> list[str]:
+    """On the tiny model, and on one whose heads fill the vectors of any processor, which C++ computes."""
+    if request.param == "narrow":
+        return tiny_overrides
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    name = next(word for word in tiny_overrides if word.startswith("model.name="))
+    folder = shutil.copytree(name.partition("=")[2], tmp_path / "wide")
+    torch.manual_seed(0)
+    LlamaForCausalLM(AutoConfig.from_pretrained(folder, head_dim=32)).save_pretrained(folder)
+    return [*(word for word in tiny_overrides if word != name), f"model.name={folder}"]
+
+
+def own_kernels(words: list[str]) -> set[str]:
+    """What the attention of the written-out layers may be called here; narrow heads fill vectors of some processors."""
+    if any(word.endswith("/wide") for word in words):
+        return {"native" if found_compiler() else "flash"}
+    return {"flash", "native"}
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
@@ -42,12 +64,12 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row]
 
 
-def test_packed_and_stock_train_the_same_adapter(cli: CommandLine, tiny_overrides: list[str]) -> None:
-    packed = cli("train", *tiny_overrides, *FAST, "train.engine=packed").run
-    stock = cli("train", *tiny_overrides, *FAST, "train.engine=stock").run
+def test_packed_and_stock_train_the_same_adapter(cli: CommandLine, words_of_width: list[str]) -> None:
+    packed = cli("train", *words_of_width, *FAST, "train.engine=packed").run
+    stock = cli("train", *words_of_width, *FAST, "train.engine=stock").run
     facts = RunDir(packed).manifest()["engine"]
     assert facts["engine"] == "packed"
-    assert facts["attention"] == "flash", "the written-out layers' own"
+    assert facts["attention"] in own_kernels(words_of_width)
     assert facts["probe_difference"] < 2e-5
     assert RunDir(stock).manifest()["engine"]["engine"] == "stock"
     assert losses(packed) == pytest.approx(losses(stock), rel=1e-4)
@@ -66,7 +88,9 @@ def test_the_probe_reads_past_what_both_answers_begin_with() -> None:
 
 def test_a_kernel_that_was_asked_for_is_used(cli: CommandLine, tiny_overrides: list[str]) -> None:
     runs = [cli("train", *tiny_overrides, *FAST, f"train.attention={name}").run for name in ("auto", "sdpa")]
-    assert [RunDir(run).manifest()["engine"]["attention"] for run in runs] == ["flash", "sdpa"]
+    own, asked_for = (RunDir(run).manifest()["engine"]["attention"] for run in runs)
+    assert own in own_kernels(tiny_overrides)
+    assert asked_for == "sdpa"
     assert_close(*runs)
 
 
@@ -78,7 +102,7 @@ def test_the_cut_does_not_change_the_result(cli: CommandLine, tiny_overrides: li
 
 
 def test_rows_side_by_side_train_the_same_adapter(
-    cli: CommandLine, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+    cli: CommandLine, words_of_width: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On two threads, through reference, training and scores; twice to the same bits."""
     monkeypatch.setattr(lanes, "LEAST_TOKENS", 1)
@@ -87,10 +111,10 @@ def test_rows_side_by_side_train_the_same_adapter(
     rows: list[int] = []
     monkeypatch.setattr(lanes, "divided", lambda *a: rows.append(len(found := divided(*a))) or found)
     threads = torch.get_num_threads()
-    one = cli("train", *tiny_overrides, *FAST, "train.threads=1").run
+    one = cli("train", *words_of_width, *FAST, "train.threads=1").run
     try:
         two, again = (
-            cli("train", *tiny_overrides, *FAST, "train.threads=2", "train.reference_cache=false").run for _ in range(2)
+            cli("train", *words_of_width, *FAST, "train.threads=2", "train.reference_cache=false").run for _ in range(2)
         )
     finally:
         torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from dpo_lora.engine import flash_attention
 from dpo_lora.engine.attention import KERNELS
 from dpo_lora.engine.packing import PairPlan, plan_pairs
+from dpo_lora.engine.runs import ScoreRule
 from dpo_lora.engine.varlen_attention import Segments, call_for, run_segments, segments_of, visible_pairs
 
 
@@ -31,8 +32,9 @@ OPENED = [((5, 3, 4), (0, 4, 2)), ((2, 5, 0), (4, 0, 3), (1, 1, 1)), ((90, 70, 9
 ALL = [*((segments, 0) for segments in PLANS), *((segments, opening) for segments in OPENED for opening in (8, 120))]
 
 
-def dense(q, k, v, plan, scale, softcap, window=None):
+def dense(q, k, v, plan, rule):
     """The definition: one [T, T] mask over the whole row."""
+    scale, softcap, window = rule
     pair, branch = visible_pairs(plan)
     t = torch.arange(plan.tokens)
     own = (branch[None] == 0) | (branch[None] == branch[:, None])
@@ -81,7 +83,7 @@ def test_forward_and_backward(kernel, softcap, segments, opening, window):
     results = []
     for run in (KERNELS[kernel], dense):
         tensors = inputs(plan)
-        out = run(*tensors, plan, 0.3, softcap, window)
+        out = run(*tensors, plan, ScoreRule(0.3, softcap, window))
         torch.manual_seed(1)
         out.backward(torch.randn(out.shape, dtype=out.dtype))
         results.append([out, *(x.grad for x in tensors)])
@@ -95,7 +97,7 @@ def test_forward_and_backward(kernel, softcap, segments, opening, window):
 def test_the_layers_own_attention(dtype, tolerance, segments, opening, window):
     plan = plan_of(*segments, opening=opening)
     tensors = [x.detach().to(dtype).requires_grad_() for x in inputs(plan)]
-    expected = dense(*tensors, plan, 0.3, None, window)[0]
+    expected = dense(*tensors, plan, ScoreRule(0.3, window=window))[0]
     torch.manual_seed(1)
     upstream = torch.randn(expected.shape, dtype=dtype)
     expected.backward(upstream)
@@ -126,8 +128,9 @@ def test_flex_block_mask(segments, opening):
     plan = plan_of(*segments, opening=opening)
     tensors = [x.detach().float() for x in inputs(plan)]
     for softcap, window in ((None, None), (2.0, None), (None, 7), (2.0, 100)):
-        out = KERNELS["flex"](*tensors, plan, 0.3, softcap, window)
-        assert torch.allclose(out, dense(*tensors, plan, 0.3, softcap, window), atol=1e-5)
+        rule = ScoreRule(0.3, softcap, window)
+        out = KERNELS["flex"](*tensors, plan, rule)
+        assert torch.allclose(out, dense(*tensors, plan, rule), atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 100])
@@ -142,7 +145,7 @@ def test_varlen_key_gathering(segments, opening, window):
         if gathered:
             out = run_segments(*tensors, segments_of(plan), 0.3, emulated_flash, window)
         else:
-            out = dense(*tensors, plan, 0.3, None, window)
+            out = dense(*tensors, plan, ScoreRule(0.3, window=window))
         torch.manual_seed(1)
         out.backward(torch.randn(out.shape, dtype=out.dtype))
         results.append([out, *(x.grad for x in tensors)])

@@ -69,8 +69,8 @@ def test_other_architectures_are_refused_in_one_line(config, word):
 def test_probe_catches_a_wrong_kernel(tmp_path, monkeypatch):
     right = attention.KERNELS["block"]
 
-    def leaky(query, key, value, plan, scale, softcap, window):
-        return right(query, key, value, plan, scale * 1.01, softcap, window)
+    def leaky(query, key, value, plan, rule):
+        return right(query, key, value, plan, rule._replace(scale=rule.scale * 1.01))
 
     monkeypatch.setitem(attention.KERNELS, "block", leaky)
     verdict = judged(worlds.model(), tmp_path, layers="plain")

@@ -29,7 +29,7 @@ def as_on_gpu(monkeypatch):
         with torch.enable_grad():
             return torch.autograd.grad(emulated_flash(*leaves, segments, scale, window), leaves, grad)
 
-    monkeypatch.setattr(decoder, "passes_for", lambda backbone: gpu_passes)
+    monkeypatch.setattr(decoder, "passes_for", lambda weight: gpu_passes)
     monkeypatch.setattr(gpu_passes, "flash", flash)
     monkeypatch.setattr(gpu_passes, "flash_backward", flash_backward)
     return calls

@@ -18,6 +18,7 @@ from dpo_lora.engine.attention import KERNELS, default_kernel
 from dpo_lora.engine.batching import TokenBudget
 from dpo_lora.engine.forward import PackedForward
 from dpo_lora.engine.head import HeadRule, token_scores
+from dpo_lora.engine.runs import ScoreRule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,11 +46,11 @@ def inputs(plan, dtype):
 )
 @pytest.mark.parametrize("window", [None, 7])
 def test_kernels_forward_and_backward(window, kernel, dtype, softcap, tolerance, segments, opening):
-    plan = plan_of(*segments, opening=opening).to(DEVICE)
+    plan, rule = plan_of(*segments, opening=opening).to(DEVICE), ScoreRule(0.125, softcap, window)
     tensors = inputs(plan, dtype)
     exact = [x.detach().double().cpu().requires_grad_() for x in tensors]
-    out = KERNELS[kernel](*tensors, plan, 0.125, softcap, window)
-    expected = dense(*exact, plan.to("cpu"), 0.125, softcap, window)
+    out = KERNELS[kernel](*tensors, plan, rule)
+    expected = dense(*exact, plan.to("cpu"), rule)
     torch.manual_seed(1)
     upstream = torch.randn(expected.shape, dtype=torch.float64)
     out.backward(upstream.to(DEVICE, dtype))

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_lora.engine import block_attention, varlen_attention
 from dpo_lora.engine.packing import PairPlan
-from dpo_lora.engine.runs import run_keys
+from dpo_lora.engine.runs import ScoreRule, run_keys
 
 PREFIX = "dpo_pairs_"
 _plan: ContextVar[PairPlan | None] = ContextVar("pair_plan", default=None)
@@ -38,35 +38,24 @@ def packed_rows(plan: PairPlan) -> Iterator[None]:
         _plan.reset(token)
 
 
-def sdpa_pairs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: PairPlan,
-    scale: float | None,
-    softcap: float | None,
-    window: int | None = None,
-) -> Tensor:
-    """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by torch's SDPA, a call for each run.
-
-    window: how many tokens of its sequence a query sees, itself included; None: all before it. So for every kernel.
-    """
-    if softcap is not None:
+def sdpa_pairs(query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, rule: ScoreRule) -> Tensor:
+    """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by torch's SDPA, a call for each run."""
+    if rule.softcap is not None:
         raise ValueError("torch SDPA has no logit soft-capping; use the kernel 'block' or 'flex'")
     gqa = query.shape[1] != key.shape[1]
     outputs = []
     for run in plan.runs:
         own = slice(run.first, run.first + run.count)
         q, (k, v) = query[:, :, own], (run_keys(x, run, 2) for x in (key, value))
-        mask = run.visible(window, q.device) if run.before or run.narrowed(window) else None
+        mask = run.visible(rule.window, q.device) if run.before or run.narrowed(rule.window) else None
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=rule.scale, enable_gqa=gqa
         )
         outputs.append(out)
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {
+KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, PairPlan, ScoreRule], Tensor]] = {
     "sdpa": sdpa_pairs,
     "block": block_attention.block_pairs,
     "varlen": varlen_attention.varlen_pairs,
@@ -124,8 +113,7 @@ def _attention(kernel: str, before: str) -> Callable:
             return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         if dropout:
             raise ValueError("attention dropout is not supported by pair packing; set attention_dropout=0")
-        softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
-        out = run(query, key, value, attention_mask, scaling, softcap, window)
-        return out, None
+        rule = ScoreRule(scaling, kwargs.get("softcap"), kwargs.get("sliding_window"))
+        return run(query, key, value, attention_mask, rule), None
 
     return pair_attention

@@ -19,42 +19,34 @@ import torch
 from torch import Tensor
 
 from dpo_lora.engine.packing import PairPlan
-from dpo_lora.engine.runs import run_keys
+from dpo_lora.engine.runs import ScoreRule, run_keys
 
 _BLOCK = 96  # queries a block: fewer calls than 64, less computed in vain than 128 (measured, SmolLM2-135M)
 
 
-def block_pairs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: PairPlan,
-    scale: float | None,
-    softcap: float | None,
-    window: int | None = None,
-) -> Tensor:
+def block_pairs(query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, rule: ScoreRule) -> Tensor:
     """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D]."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if rule.scale is None else rule.scale
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return PairAttention.apply(q, k, v, plan, scale, softcap, window)[None]
+    return PairAttention.apply(q, k, v, plan, rule._replace(scale=scale))[None]
 
 
 class PairAttention(torch.autograd.Function):
     """q [T, Hq, D], k/v [T, Hkv, D] -> [T, Hq, D]. Probabilities are computed again in backward."""
 
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, softcap, window):
-        out = attend(q, k, v, plan, scale, softcap, window)
+    def forward(ctx, q, k, v, plan, rule):
+        out = attend(q, k, v, plan, *rule)
         ctx.save_for_backward(q, k, v, out)
-        ctx.rest = (plan, scale, softcap, window)
+        ctx.plan, ctx.rule = plan, rule
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out = ctx.saved_tensors
         into = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        attend_backward(grad, q, k, v, out, *ctx.rest, into=into)
-        return *into, None, None, None, None
+        attend_backward(grad, q, k, v, out, ctx.plan, *ctx.rule, into=into)
+        return *into, None, None
 
 
 def _blocks(queries: int) -> list[tuple[int, int]]:

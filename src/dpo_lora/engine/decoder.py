@@ -92,18 +92,15 @@ _FAMILIES = (
 _ACTIVATIONS = {"silu": (SiLUActivation, nn.SiLU), "gelu": (GELUTanh,)}
 
 
-def passes_for(backbone: nn.Module) -> ModuleType | None:
-    """What layers of this device, format and width compute by; None where nothing is written for them.
+def passes_for(weight: Tensor) -> ModuleType | None:
+    """What a layer of this weight's device and format computes by; None where nothing is written for it.
 
     On a GPU products are in the format of the weights, which autocast, where it is on, must agree with.
     """
-    weight = backbone.get_input_embeddings().weight
     device, dtype = weight.device.type, weight.dtype
     autocast = torch.is_autocast_enabled(device)
     if device == "cpu" and dtype in (torch.float32, torch.float64) and not autocast:
-        config, head_dim = backbone.config, backbone.layers[0].self_attn.head_dim
-        native = native_passes.serves(dtype, head_dim, config.hidden_size, config.intermediate_size)
-        return native_passes if native else cpu_passes
+        return cpu_passes
     if device == "cuda" and dtype == torch.bfloat16:
         return gpu_passes if not autocast or torch.get_autocast_dtype(device) == dtype else None
     return None
@@ -150,7 +147,7 @@ def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts
     """
     recompute = recompute or (getattr(backbone, "gradient_checkpointing", False) and backbone.training)
     family = _family(backbone)
-    passes = None if family is None else passes_for(backbone)
+    passes = passes_for(backbone.get_input_embeddings().weight)
     if family is None or passes is None or not _is_norm(backbone.norm, family) or watched(backbone):
         return None
     layers = backbone.layers[: backbone.config.num_hidden_layers]
@@ -159,7 +156,11 @@ def read_layers(backbone: nn.Module, recompute: bool = False) -> list[LayerParts
         return None
     groups = iter(prepared([group for q, k, v, o, g, u, d in read for group in ((q, k, v), (o,), (g, u), (d,))]))
     norms = [family.norms(layer) for layer in layers]
-    factors = iter(family.factors([norm for of_layer in norms for norm in of_layer]))
+    head_dims = [layer.self_attn.head_dim for layer in layers]
+    found = family.factors([norm for of_layer in norms for norm in of_layer])
+    if passes is cpu_passes and native_passes.serve([*found, *family.factors([backbone.norm])], read, head_dims):
+        passes = native_passes
+    factors = iter(found)
     made = []
     for layer, projections, of_layer in zip(layers, read, norms, strict=True):
         attention_norm, mlp_norm, *more = (next(factors) for _ in of_layer)

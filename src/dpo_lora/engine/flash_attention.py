@@ -20,7 +20,7 @@ from dpo_lora.engine.runs import Run, run_keys
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """q [T, Hq, D], k/v [T, Hkv, D] -> ([T, Hq, D], logsumexp of the scores [G, T, R]); window: as for `sdpa_pairs`."""
+    """q [T, Hq, D], k/v [T, Hkv, D] -> ([T, Hq, D], logsumexp of the scores [G, T, R]); window: as in `ScoreRule`."""
     out = torch.empty_like(q)
     levels = q.new_empty(k.shape[1], len(q), q.shape[1] // k.shape[1])
     queries, keys, values, into = (_grouped(x, k.shape[1]) for x in (q, k, v, out))

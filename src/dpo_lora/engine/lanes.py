@@ -41,8 +41,12 @@ def lanes_here(device: torch.device) -> int:
     has no lanes.
     """
     threads = torch.get_num_threads()
-    bound = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < threads
-    return LANES if device.type == "cpu" and threads % LANES == 0 and not bound else 1
+    return LANES if device.type == "cpu" and threads % LANES == 0 and not threads_are_bound() else 1
+
+
+def threads_are_bound() -> bool:
+    """Whether the calling thread, and so each that it starts, may use fewer processors than torch has threads."""
+    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < torch.get_num_threads()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_lora.engine.cache_files import write_atomically
-from dpo_lora.engine.native.library import compiled_name
+from dpo_lora.engine.native.library import loaded_name
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "numpy")
 _MOST = 1000  # files kept; each some dozens of bytes
@@ -78,18 +78,20 @@ class Proofs:
 def _code() -> str:
     """The engine's source and the versions of what it calls."""
     digest = hashlib.sha256()
-    for file in sorted(each for kind in ("py", "cpp", "h") for each in Path(__file__).parent.rglob(f"*.{kind}")):
+    for file in sorted(each for kind in ("py", "h", "cpp") for each in Path(__file__).parent.rglob(f"*.{kind}")):
         digest.update(file.read_bytes())
     return " ".join([digest.hexdigest(), *(f"{name}={version(name)}" for name in _LIBRARIES)])
 
 
 def _device(base: nn.Module) -> str:
     """What computes, and by which rules."""
-    device = next(base.parameters()).device
+    weight = next(base.parameters())
+    device = weight.device
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    compiled = loaded_name() if device.type == "cpu" and weight.dtype is torch.float32 else None
     return str((
         device.type, cuda, platform.node(), torch.backends.cpu.get_cpu_capability(), torch.__config__.show(),
-        compiled_name(), torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision(),
+        compiled, torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision(),
         torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
     ))  # fmt: skip

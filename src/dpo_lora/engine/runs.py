@@ -12,6 +12,19 @@ import torch
 from torch import Tensor
 
 
+class ScoreRule(NamedTuple):
+    """How a layer makes probabilities of its scores.
+
+    scale: what q k^T is multiplied by; None: one over the root of a head's size.
+    softcap: a score s becomes softcap * tanh(s / softcap); None: stays.
+    window: how many tokens of its sequence a query sees, itself included; None: all before it.
+    """
+
+    scale: float | None
+    softcap: float | None = None
+    window: int | None = None
+
+
 class Run(NamedTuple):
     """Neighbouring queries of the row that see some earlier pieces of it, all of them, and themselves causally.
 

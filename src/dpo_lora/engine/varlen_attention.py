@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo_lora.engine.packing import PairPlan, sent
+from dpo_lora.engine.runs import ScoreRule
 
 
 class Segments(NamedTuple):
@@ -93,22 +94,14 @@ def _accepted() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def varlen_pairs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: PairPlan,
-    scale: float | None,
-    softcap: float | None,
-    window: int | None = None,
-) -> Tensor:
+def varlen_pairs(query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, rule: ScoreRule) -> Tensor:
     """query [1, Hq, T, D], key/value [1, Hkv, T, D] in bf16 or fp16 on CUDA -> [1, T, Hq, D]."""
-    if softcap is not None:
+    if rule.softcap is not None:
         raise ValueError("torch's varlen attention has no logit soft-capping; use the kernel 'flex'")
     segments = segments_of(plan)
-    if segments.narrowing(window) is not None and "window_size" not in _accepted():
-        return flex_pairs(query, key, value, plan, scale, softcap, window)
-    return run_segments(query, key, value, segments, scale, _flash, window)
+    if segments.narrowing(rule.window) is not None and "window_size" not in _accepted():
+        return flex_pairs(query, key, value, plan, rule)
+    return run_segments(query, key, value, segments, rule.scale, _flash, rule.window)
 
 
 def run_segments(query, key, value, segments: Segments, scale: float | None, kernel, window: int | None) -> Tensor:
@@ -163,18 +156,11 @@ def visible_pairs(plan: PairPlan) -> tuple[Tensor, Tensor]:
     return torch.tensor(pair, device=device), torch.tensor(branch, device=device)
 
 
-def flex_pairs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: PairPlan,
-    scale: float | None,
-    softcap: float | None,
-    window: int | None = None,
-) -> Tensor:
+def flex_pairs(query: Tensor, key: Tensor, value: Tensor, plan: PairPlan, rule: ScoreRule) -> Tensor:
     """query [1, Hq, T, D], key/value [1, Hkv, T, D] -> [1, T, Hq, D] by FlexAttention with a block mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    scale, softcap, window = rule
     window = window if any(run.narrowed(window) for run in plan.runs) else None
     note = f"block_mask {window}"
     if note not in plan.notes:
@@ -189,8 +175,8 @@ def flex_pairs(
         def visible_near(b, h, q, k):
             return visible(b, h, q, k) & (places[q] - places[k] < limit)
 
-        rule, tokens = visible if window is None else visible_near, plan.tokens
-        plan.notes[note] = create_block_mask(rule, None, None, tokens, tokens, device=str(query.device))
+        seen, tokens = visible if window is None else visible_near, plan.tokens
+        plan.notes[note] = create_block_mask(seen, None, None, tokens, tokens, device=str(query.device))
 
     def cap(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)

@@ -7,11 +7,14 @@ import functools
 import platform
 
 import pytest
+import torch
 
 from dpo_lora.engine.native import library
 
-X86 = platform.machine() in ("x86_64", "AMD64")
-VECTORS = {"own": (), "avx2": ("-march=haswell",), "sse": ("-march=x86-64",)} if X86 else {"own": ()}
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+AVX2 = {"avx2": ("-march=haswell",)} if CAPABILITY in ("AVX2", "AVX512") else {}
+SSE = {"sse": ("-march=x86-64",)} if platform.machine() in ("x86_64", "AMD64") else {}
+VECTORS = {"own": (), **AVX2, **SSE}
 
 
 @functools.cache
@@ -19,7 +22,7 @@ def compiled(vectors: str) -> ctypes.CDLL:
     compiler = library.found_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")
-    return ctypes.CDLL(str(library.built(compiler, library.kernels_folder(), VECTORS[vectors])))
+    return library.load(compiler, library.kernels_folder(), VECTORS[vectors])
 
 
 @pytest.fixture(params=VECTORS)

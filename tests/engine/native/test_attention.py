@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tests.engine.test_attention import ALL, dense, plan_of
 
-from dpo_lora.engine import flash_attention
-from dpo_lora.engine.native import attention
+from dpo_lora.engine.native import attention, library
+from dpo_lora.engine.runs import ScoreRule
 
 LONG = [((600, 40, 30),), ((20, 560, 1), (7, 9, 520))]
 """More keys than the backward pass takes at a time."""
@@ -27,13 +30,15 @@ def both_ways(kernel, plan, q, k, v, upstream, window=None):
 
 def by_definition(plan, q, k, v, upstream, window=None):
     leaves = [x.double().transpose(0, 1)[None].requires_grad_() for x in (q, k, v)]
-    out = dense(*leaves, plan, 0.3, None, window)[0]
+    out = dense(*leaves, plan, ScoreRule(0.3, window=window))[0]
     out.backward(upstream.double())
     return [out, *(x.grad[0].transpose(0, 1) for x in leaves)]
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 100])
-@pytest.mark.parametrize("segments, opening", [*ALL, *((segments, 0) for segments in LONG)], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 7, 100, 530])
+@pytest.mark.parametrize(
+    "segments, opening", [*ALL, *((segments, 0) for segments in LONG), (((600, 40, 30), (2, 5, 9)), 530)], ids=str
+)
 def test_forward_and_backward(segments, opening, window, vectors):
     plan = plan_of(*segments, opening=opening)
     given = tensors(plan)
@@ -69,15 +74,11 @@ def test_the_same_bits_by_any_number_of_threads(opening, vectors):
 
 @pytest.mark.parametrize("size", [1e3, 1e5, 1e8], ids=str)
 def test_scores_of_a_diverged_training_leave_finite_gradients(size, vectors):
-    """Of scores near 1e10 torch's kernel, and so stock TRL, makes infinite ones."""
-    plan = plan_of((20, 30, 0))
+    """Of scores near 1e10 torch's kernel, and so stock TRL, makes infinite ones (tests/engine/test_attention.py)."""
+    plan = plan_of((520, 30, 60))
     q, k, v, upstream = tensors(plan)
     ours = both_ways(attention, plan, q * size, k * size, v, upstream)
     assert all(bool(x.isfinite().all()) for x in ours)
-    if size == 1e5:
-        assert not all(
-            bool(x.isfinite().all()) for x in both_ways(flash_attention, plan, q * size, k * size, v, upstream)
-        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -91,3 +92,28 @@ def test_what_is_not_finite_is_not_hidden(which, bad, vectors):
     assert not all(bool(x.isfinite().all()) for x in right)
     for own, expected in zip(ours, right, strict=True):
         assert bool(own.isfinite().all()) is bool(expected.isfinite().all())
+
+
+def test_memory_that_runs_out_is_an_error_of_python():
+    """In a process of its own, whose memory is limited."""
+    script = """
+import resource, torch
+from dpo_lora.engine.batching import is_out_of_memory
+from dpo_lora.engine.native import attention, library
+from dpo_lora.engine.packing import plan_pairs
+row = [5] * 200_000
+plan = plan_pairs([((row + [6], 200_000), (row + [7], 200_000))])
+q, k, v = (torch.randn(plan.tokens, heads, 16) for heads in (2, 1, 1))
+assert library.loaded() is not None
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, resource.RLIM_INFINITY))
+try:
+    attention.attend(q, k, v, plan, 0.3, 100)
+except MemoryError as error:
+    assert is_out_of_memory(error)
+    print("told")
+"""
+    if library.found_compiler() is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C++ compiler and Linux's limits")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "told"), done.stderr

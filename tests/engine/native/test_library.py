@@ -43,7 +43,7 @@ def compilations(calls: Path) -> int:
     return sum("-shared" in line for line in calls.read_text().splitlines())
 
 
-def test_compiled_once_for_all_processes(tmp_path, compiler, monkeypatch):
+def test_compiled_once_for_later_processes(tmp_path, compiler, monkeypatch):
     script, calls = counting(tmp_path, compiler)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setattr(library, "kernels_folder", lambda: tmp_path / "kernels")
@@ -51,7 +51,7 @@ def test_compiled_once_for_all_processes(tmp_path, compiler, monkeypatch):
     library._loaded.cache_clear()  # as another process
     assert library.loaded() is not None
     assert compilations(calls) == 1
-    assert [file.name for file in (tmp_path / "kernels").iterdir()] == [library.compiled_name()]
+    assert [file.name for file in (tmp_path / "kernels").iterdir()] == [library.loaded_name()]
 
 
 def test_lanes_that_ask_at_once_compile_once(tmp_path, compiler, monkeypatch):
@@ -64,9 +64,9 @@ def test_lanes_that_ask_at_once_compile_once(tmp_path, compiler, monkeypatch):
 
 
 def test_other_instructions_are_another_file(tmp_path, compiler):
-    own = library.built(compiler, tmp_path)
-    other = library.built(compiler, tmp_path, ("-DOTHER",))
-    assert own != other and own == library.built(compiler, tmp_path)
+    for flags in ((), ("-DOTHER",), ()):
+        library.load(compiler, tmp_path, flags)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("then", ["echo no such flag >&2; exit 1 ;", "sleep 5 ;"], ids=["fails", "hangs"])
@@ -75,17 +75,46 @@ def test_a_compiler_that_does_not_do_is_told_and_done_without(then, tmp_path, mo
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setattr(library, "_LONGEST", 1)
     with caplog.at_level(logging.WARNING, logger=library.__name__):
-        assert library.loaded() is None and library.compiled_name() is None
+        assert library.loaded() is None and library.loaded_name() is None
     assert str(script) in caplog.text and ("no such flag" in caplog.text or "timed out" in caplog.text)
     assert trains_by_torch()
 
 
-def test_a_file_that_does_not_load_is_done_without(tmp_path, compiler, monkeypatch, caplog):
-    monkeypatch.setattr(library, "kernels_folder", lambda: tmp_path)
-    library.built(compiler, tmp_path).write_bytes(b"not a library")
+@pytest.mark.parametrize("words", ["no-such-compiler", "c++ 'unbalanced"])
+def test_a_compiler_that_does_not_start_is_told_and_done_without(words, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", words)
     with caplog.at_level(logging.WARNING, logger=library.__name__):
         assert library.loaded() is None
-    assert "could not be compiled and loaded" in caplog.text
+    assert "CXX" in caplog.text and words.split()[0] in caplog.text
+
+
+def test_a_damaged_file_is_compiled_again(tmp_path, compiler):
+    library.load(compiler, tmp_path / "whole")
+    [whole] = (tmp_path / "whole").iterdir()
+    (tmp_path / "damaged").mkdir()
+    damaged = tmp_path / "damaged" / whole.name
+    damaged.write_bytes(b"not a library")
+    assert library.load(compiler, tmp_path / "damaged").vector_width() >= 4
+    assert damaged.stat().st_size == whole.stat().st_size
+
+
+def test_a_file_that_others_could_have_written_is_not_run(tmp_path, compiler):
+    script, calls = counting(tmp_path, compiler)
+    folder = tmp_path / "kernels"
+    library.load([str(script)], folder)
+    [file] = folder.iterdir()
+    file.chmod(0o666)
+    library.load([str(script)], folder)
+    assert compilations(calls) == 2
+    assert not file.stat().st_mode & 0o022
+
+
+def test_a_folder_that_cannot_be_written_costs_a_compilation_each_time(tmp_path, compiler, caplog):
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    with caplog.at_level(logging.INFO, logger=library.__name__):
+        assert library.load(compiler, blocked / "kernels").vector_width() >= 4
+    assert "cannot be kept" in caplog.text and "warning" not in caplog.text.lower()
 
 
 def test_a_machine_without_a_compiler(monkeypatch, caplog):
@@ -102,11 +131,20 @@ def trains_by_torch() -> bool:
     return read_layers(base.base_model.requires_grad_(False))[0].passes is cpu_passes
 
 
-def test_a_probe_that_was_passed_by_other_kernels_is_made_again(tmp_path, compiler, monkeypatch):
+def test_a_probe_that_was_passed_by_other_kernels_is_made_again(tmp_path, monkeypatch):
     rows = worlds.pairs(2)
     trainer = worlds.trainer(worlds.model(), rows, tmp_path)
     batch = trainer.data_collator(rows)
     known = proofs.Proofs(tmp_path, "weights")
-    by_library = known.key(trainer.model, batch)
-    monkeypatch.setattr(proofs, "compiled_name", lambda: None)
-    assert by_library is not None and known.key(trainer.model, batch) not in (by_library, None)
+    keys = set()
+    for name in ("a", "b"):
+        monkeypatch.setattr(proofs, "loaded_name", lambda name=name: name)
+        keys.add(known.key(trainer.model, batch))
+    assert len(keys) == 2 and None not in keys
+
+
+def test_what_does_not_use_the_library_does_not_ask_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "loaded", lambda: pytest.fail("compiles"))
+    rows = worlds.pairs(2)
+    trainer = worlds.trainer(worlds.model().bfloat16(), rows, tmp_path)
+    assert proofs.Proofs(tmp_path, "weights").key(trainer.model, trainer.data_collator(rows)) is not None

@@ -84,6 +84,31 @@ def test_widths_that_do_not_fill_vectors_are_left_to_torch(changed, vectors, tmp
     compare(base, worlds.pairs(4), tmp_path)
 
 
+def test_two_rows_at_once(vectors, tmp_path):
+    compare(worlds.model("llama", **WIDE), worlds.pairs(6, opening=3), tmp_path, engine={"lanes": 2})
+
+
+def test_a_norm_of_another_format_is_left_to_torch(vectors):
+    base = worlds.model("qwen3", **WIDE)
+    assert read_layers(base.base_model.requires_grad_(False))[0].passes is passes
+    base.model.layers[1].self_attn.q_norm.double()
+    assert read_layers(base.base_model)[0].passes is cpu_passes
+
+
+def test_a_layer_that_was_narrowed_is_left_to_torch(vectors):
+    base = worlds.model("llama", **WIDE).requires_grad_(False)
+    mlp = base.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj = (torch.nn.Linear(64, 90, bias=False).requires_grad_(False) for _ in range(2))
+    mlp.down_proj = torch.nn.Linear(90, 64, bias=False).requires_grad_(False)
+    assert read_layers(base.base_model)[0].passes is cpu_passes
+
+
+def test_threads_that_are_bound_are_left_to_torch(vectors, monkeypatch):
+    monkeypatch.setattr(passes, "threads_are_bound", lambda: True)
+    base = worlds.model("llama", **WIDE)
+    assert read_layers(base.base_model.requires_grad_(False))[0].passes is cpu_passes
+
+
 def test_float64_is_left_to_torch(vectors):
     base = worlds.model("llama", **WIDE).double()
     assert read_layers(base.base_model.requires_grad_(False))[0].passes is cpu_passes

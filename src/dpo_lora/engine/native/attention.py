@@ -1,7 +1,7 @@
 """Attention of a packed row by the compiled library, forward and backward: `flash_attention.py` in C++.
 
-Torch's kernel is called run by run, computes a run's whole square in the backward pass, repeats key heads and returns
-what has to be copied and summed. Here a row is one call, without Python's lock, of about what a causal mask leaves.
+Torch's kernel is called run by run, computes a run's whole square in the backward pass, and returns gradients for each
+query head, which have to be summed. Here a row is one call, without Python's lock, of about what a causal mask leaves.
 And where a training has diverged so far that scores lose all their digits, gradients stay finite.
 """
 
@@ -15,32 +15,32 @@ from dpo_lora.engine.packing import PairPlan
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: PairPlan, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """q [T, Hq, D], k/v [T, Hkv, D] -> ([T, Hq, D], levels [T, Hq, 2]); window: as for `sdpa_pairs`.
+    """q [T, Hq, D], k/v [T, Hkv, D] -> ([T, Hq, D], stats [T, Hq, 2]); window: as in `ScoreRule`.
 
-    levels: the highest score of each query, and one over the sum of e^(scale * (score - highest)).
+    stats: the highest score of each query, and one over the sum of e^(scale * (score - highest)).
     """
     q, k, v = (x.contiguous() for x in (q, k, v))
-    out, levels = torch.empty_like(q), q.new_empty(*q.shape[:2], 2)
-    _call("attend", [q, k, v, out, levels], q, k, plan, scale, window)
-    return out, levels
+    out, stats = torch.empty_like(q), q.new_empty(*q.shape[:2], 2)
+    _call("attend", [q, k, v, out, stats], q, k, plan, scale, window)
+    return out, stats
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, levels: Tensor, plan: PairPlan, scale: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, plan: PairPlan, scale: float,
     window: int | None,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients for q, k and v, shaped as they are; out and levels from `attend`."""
+    """Gradients for q, k and v, shaped as they are; out and stats from `attend`."""
     grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
     into = [torch.empty_like(x) for x in (q, k, v)]
-    _call("attend_backward", [grad, q, k, v, out, levels, *into], q, k, plan, scale, window)
+    _call("attend_backward", [grad, q, k, v, out, stats, *into], q, k, plan, scale, window)
     return into
 
 
 def _call(
     name: str, tensors: list[Tensor], q: Tensor, k: Tensor, plan: PairPlan, scale: float, window: int | None
 ) -> None:
-    shape = torch.tensor([len(q), k.shape[1], q.shape[1] // k.shape[1], q.shape[2]])
-    library.call(name, *tensors, shape, _runs(plan), len(plan.runs), window or 0, scale)
+    shape = torch.tensor([k.shape[1], q.shape[1] // k.shape[1], q.shape[2]])
+    library.call(name, *tensors, shape, _runs(plan), len(plan.runs), window or 0, float(scale))
 
 
 def _runs(plan: PairPlan) -> Tensor:

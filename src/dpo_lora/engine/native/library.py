@@ -13,9 +13,11 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -27,12 +29,10 @@ from dpo_lora.resources import kernels_folder
 
 log = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "passes.cpp"))
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("tiles.h", "vectors.h"))
-# This machine's own instructions, by the name that its compilers have for them. No fast math: a NaN has to arrive where
-# it is looked for.
-_OWN = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-_FLAGS = ("-std=c++17", "-O3", _OWN)
+_FOLDER = Path(__file__).parent
+_NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+# No fast math, whatever CXX says: a NaN has to arrive where it is looked for.
+_FLAGS = ("-std=c++17", "-O3", _NATIVE, "-fno-fast-math")
 _LINK = ("-shared", "-fPIC", "-pthread")
 _LONGEST = 120  # seconds for two of work; a compiler that hangs must not hang a run
 
@@ -49,20 +49,72 @@ def loaded() -> ctypes.CDLL | None:
 def _loaded() -> ctypes.CDLL | None:
     compiler = found_compiler()
     if compiler is None:
-        log.info("No C++ compiler here: the attention of packed rows is computed by torch's kernel, which is slower.")
+        log.info("No C++ compiler here: attention of packed rows is computed by torch's kernel, which is slower.")
         return None
     try:
-        return ctypes.CDLL(str(built(compiler, kernels_folder())))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        log.warning(
-            "The C++ kernels could not be compiled and loaded, so torch's, which are slower, are used. "
-            "Another compiler is taken from CXX. %s said: %s", shlex.join(compiler), str(said).strip()[-1000:],
-        )  # fmt: skip
-        return None
+        return load(compiler, kernels_folder())
+    except subprocess.CalledProcessError as error:
+        said = f"it said: {error.stderr.strip()[-1000:]}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    log.warning(
+        "The C++ kernels could not be compiled and loaded, so torch's, which are slower, are used. Another compiler "
+        "can be named by CXX. With %s: %s", shlex.join(compiler), said,
+    )  # fmt: skip
+    return None
 
 
-def compiled_name() -> str | None:
+def load(compiler: list[str], folder: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library from ``folder``, compiled if it is not there, and kept there if that can be.
+
+    Its name is the hash of the source and of all that the compiler predefines, which tells the compiler's version and
+    this processor's instructions: in a home folder that machines share, each finds its own.
+
+    Raises:
+        OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired: it could not be compiled or not be loaded.
+    """
+    flags = (*_FLAGS, *flags)
+    predefined = _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    sources = [file.read_text(encoding="utf-8") for kind in ("h", "cpp") for file in sorted(_FOLDER.glob(f"*.{kind}"))]
+    name = f"{hashlib.sha256(chr(0).join([predefined, *flags, *sources]).encode()).hexdigest()[:32]}.so"
+    file = folder / name
+    if _is_ours(file):
+        with suppress(OSError):  # damaged: compiled again
+            return ctypes.CDLL(str(file))
+    with tempfile.TemporaryDirectory() as made:
+        part = Path(made) / name
+        _run([*compiler, *flags, *_LINK, *map(str, sorted(_FOLDER.glob("*.cpp"))), "-o", str(part)])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, part.read_bytes())
+            return ctypes.CDLL(str(file))
+        except OSError as error:
+            log.info("The compiled kernels serve this process alone: they cannot be kept in %s (%s).", folder, error)
+        return ctypes.CDLL(str(part))  # what is loaded outlives its file
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether only this user or root can have written the file: a cache may be shared, and this would be executed."""
+    try:
+        found = file.stat()
+    except OSError:
+        return False
+    return found.st_uid in (0, os.getuid()) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def found_compiler() -> list[str] | None:
+    """The words of the compiler's command."""
+    named = os.environ.get("CXX", "").split()
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return named or ([found] if found else None)
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_LONGEST)
+    return done.stdout
+
+
+def loaded_name() -> str | None:
     """The library's file name, which tells its source, its compiler and the processor it is for; None without one."""
     compiled = loaded()
     return None if compiled is None else Path(str(compiled._name)).name
@@ -70,10 +122,15 @@ def compiled_name() -> str | None:
 
 def call(name: str, *arguments: Tensor | float | None) -> None:
     """Call a function of the library: tensors by their addresses, whole numbers as 64 bits, others as floats, and at
-    the end how many threads it may use."""
+    the end how many threads it may use.
+
+    Raises:
+        MemoryError: it had not enough.
+    """
     compiled = loaded()
     assert compiled is not None, "who calls has asked whether there is one"
-    compiled[name](*map(_passed, arguments), ctypes.c_int64(torch.get_num_threads()))
+    if compiled[name](*map(_passed, arguments), ctypes.c_int64(torch.get_num_threads())):
+        raise MemoryError(f"not enough memory for {name} of the compiled kernels")
 
 
 def _passed(argument: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
@@ -85,37 +142,3 @@ def _passed(argument: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_int64
         assert argument.is_contiguous() and argument.device.type == "cpu", "it is read as it lies in memory"
         assert argument.dtype in (torch.float32, torch.int64), "it has no other formats"
     return ctypes.c_void_p(None if argument is None else argument.data_ptr())
-
-
-def built(compiler: list[str], folder: Path, flags: tuple[str, ...] = ()) -> Path:
-    """The library's file in ``folder``, compiled if it is not there.
-
-    The name is the hash of the source and of all that the compiler predefines, which tells its version and the
-    instructions of this processor: in a home folder that machines share, each finds its own.
-
-    Raises:
-        OSError, subprocess.SubprocessError: the compiler or the folder does not do.
-    """
-    flags = (*_FLAGS, *flags)
-    predefined = _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-    said = "\0".join([predefined, *flags, *(file.read_text(encoding="utf-8") for file in (*_SOURCES, *_HEADERS))])
-    file = folder / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.so"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as made:
-            part = Path(made) / file.name
-            _run([*compiler, *flags, *_LINK, *map(str, _SOURCES), "-o", str(part)])
-            write_atomically(file, part.read_bytes())
-    return file
-
-
-def found_compiler() -> list[str] | None:
-    named = os.environ.get("CXX")
-    if named:
-        return shlex.split(named)
-    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    return [found] if found else None
-
-
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_LONGEST).stdout

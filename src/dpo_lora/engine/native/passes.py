@@ -1,6 +1,6 @@
 """`cpu_passes.py` in C++: what a decoder layer computes besides its products, each pass once through memory.
 
-gelu and what does not fill whole vectors is left to torch.
+gelu is left to torch, and so are models of which some width does not fill whole vectors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dpo_lora.engine import cpu_passes
 from dpo_lora.engine.cpu_passes import gathered, put_back
+from dpo_lora.engine.lanes import threads_are_bound
+from dpo_lora.engine.lowrank import Projection
 from dpo_lora.engine.native import library
 from dpo_lora.engine.native.attention import attend, attend_backward
 
@@ -33,20 +35,27 @@ KERNEL = "native"
 """The attention's name."""
 
 
-def serves(dtype: torch.dtype, head_dim: int, *widths: int) -> bool:
-    """Whether there is a library here that computes layers of these widths (hidden, intermediate) in this format."""
-    if dtype is not torch.float32:
+def serve(norms: list[Tensor], projections: list[list[Projection]], head_dims: list[int]) -> bool:
+    """Whether there is a library here for layers of these norms, projections (the one to the gate is the fifth of a
+    layer) and head sizes: all float32, all widths and halves of heads whole vectors.
+
+    Not where threads are bound to fewer processors than they are (`OMP_PROC_BIND`), which new threads would inherit.
+    """
+    weights = [*norms, *(each.weight for of_layer in projections for each in of_layer)]
+    if any(weight.dtype is not torch.float32 for weight in weights) or threads_are_bound():
         return False
     compiled = library.loaded()
-    width = 0 if compiled is None else compiled.vector_width()
-    return width > 0 and all(each % width == 0 for each in (head_dim // 2, *widths))
+    if compiled is None:
+        return False
+    widths = {*map(len, norms), *(len(of_layer[4].weight) for of_layer in projections), *(d // 2 for d in head_dims)}
+    return all(width % compiled.vector_width() == 0 for width in widths)
 
 
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """RMS norm: x [T, hidden] -> (x / rms * weight, 1 / rms [T, 1])."""
     x = x.contiguous()
     out, inverse = torch.empty_like(x), x.new_empty(len(x), 1)
-    library.call("normalise", x, weight.contiguous(), out, inverse, *x.shape, epsilon)
+    library.call("normalise", x, weight.contiguous(), out, inverse, *x.shape, float(epsilon))
     return out, inverse
 
 
@@ -72,8 +81,9 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple
 
     sign -1 turns back (the gradient of sign 1).
     """
+    assert len(q) == len(k) == len(cos) == len(sin) and 2 * cos.shape[-1] == q.shape[-1] == k.shape[-1]
     for x in (q, k):
-        library.call("rotate", x, cos, sin, len(x), x.shape[1], cos.shape[2], sign)
+        library.call("rotate", x, cos, sin, len(x), x.shape[1], cos.shape[2], float(sign))
     return q, k
 
 

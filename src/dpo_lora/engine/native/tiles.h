@@ -5,8 +5,8 @@
 
 namespace dpo_lora {
 
-// A tile of sums has ROWS rows of VECTORS vectors, and leaves registers for its operands: there are 32 of them, but 16 on
-// x86 before AVX-512.
+// A tile of sums has ROWS rows of VECTORS vectors and leaves registers for its operands: there are 32, on x86 before
+// AVX-512 16.
 constexpr int ROWS = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int VECTORS = 4;
@@ -29,6 +29,9 @@ struct Right {
 
 inline Right in_rows(const float* data, Int row) { return {data, row, PANEL}; }
 
+// From a column on that begins a panel.
+inline Right panels_from(Right x, Int column) { return {x.data + column / PANEL * x.panel, x.row, x.panel}; }
+
 // C = A B, or C += A B. A [m, k]; B [k, n] and C [m, n] in rows `c_row` floats apart, n a multiple of WIDTH.
 template <bool ADD, int R, int V>
 inline void tile(Left a, const float* b, Int b_row, float* c, Int c_row, Int k) {
@@ -39,7 +42,7 @@ inline void tile(Left a, const float* b, Int b_row, float* c, Int c_row, Int k) 
         vec right[V];
         for (int v = 0; v < V; v++) right[v] = load(b + j * b_row + v * WIDTH);
         for (int i = 0; i < R; i++) {
-            const vec left = all(a.data[i * a.row + j * a.column]);
+            const vec left = broadcast(a.data[i * a.row + j * a.column]);
             for (int v = 0; v < V; v++) sums[i][v] += left * right[v];
         }
     }
@@ -47,7 +50,7 @@ inline void tile(Left a, const float* b, Int b_row, float* c, Int c_row, Int k) 
         for (int v = 0; v < V; v++) store(c + i * c_row + v * WIDTH, sums[i][v]);
 }
 
-// Rows and vectors are numbers of the compiler's, so that the sums lie in registers: the loop finds the ones that fit.
+// R and V must be known to the compiler for the sums to stay in registers: this picks the tile that fits.
 template <bool ADD, int R, int V>
 inline void fitted(Int rows, Int vectors, Left a, const float* b, Int b_row, float* c, Int c_row, Int k) {
     if constexpr (V > 1) {
@@ -66,7 +69,8 @@ void product(Int m, Int n, Int k, Left a, Right b, float* c, Int c_row) {
         const float* panel = b.data + j / PANEL * b.panel;
         for (Int i = 0; i < m; i += ROWS) {
             const Left rows{a.data + i * a.row, a.row, a.column};
-            fitted<ADD, ROWS, VECTORS>(std::min<Int>(ROWS, m - i), vectors, rows, panel, b.row, c + i * c_row + j, c_row, k);
+            const Int count = std::min<Int>(ROWS, m - i);
+            fitted<ADD, ROWS, VECTORS>(count, vectors, rows, panel, b.row, c + i * c_row + j, c_row, k);
         }
     }
 }

@@ -1,11 +1,12 @@
-// Vectors of float32 as wide as the machine's registers, and what is worked out on them.
+// Vectors of float32 as wide as the machine's registers, and work divided among threads.
 //
-// They are the compiler's own (GCC's and Clang's vector extension), so the same lines are AVX-512, AVX2 or NEON.
+// The vectors are the compiler's own (GCC's and Clang's vector extension), so the same lines are AVX-512, AVX2 or NEON.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -27,7 +28,7 @@ typedef std::int32_t ivec __attribute__((vector_size(WIDTH * 4), aligned(4), may
 
 inline vec load(const float* from) { return *reinterpret_cast<const vec*>(from); }
 inline void store(float* to, vec x) { *reinterpret_cast<vec*>(to) = x; }
-inline vec all(float x) { return x - vec{}; }
+inline vec broadcast(float x) { return x - vec{}; }
 
 inline float sum(vec x) {
     float total = 0;
@@ -37,12 +38,13 @@ inline float sum(vec x) {
 
 inline Int rounded_up(Int n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
-// e^x for x <= 0, within 2e-7 of it; 0 below -87; NaN stays. The polynomial is Cephes' expf.
-inline vec exponential(vec x) {
-    const vec shifted = x * 1.44269504f + 12582912.0f;  // x / ln 2, rounded, in the lowest bits
+// e^min(x, 0), relative error 2e-7; 0 for x < -87; NaN for NaN. The polynomial is that of Cephes' expf.
+inline vec exp_nonpositive(vec x) {
+    x = x > vec{} ? vec{} : x;
+    const vec shifted = x * 1.44269504f + 12582912.0f;  // the lowest bits are x / ln 2, rounded
     const vec n = shifted - 12582912.0f;
     const vec f = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = all(1.9875691500e-4f);
+    vec p = broadcast(1.9875691500e-4f);
     p = p * f + 1.3981999507e-3f;
     p = p * f + 8.3334519073e-3f;
     p = p * f + 4.1665795894e-2f;
@@ -50,20 +52,44 @@ inline vec exponential(vec x) {
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
     const vec scaled = (vec)((ivec)p + ((ivec)shifted << 23));
-    return x < all(-87.0f) ? vec{} : x == x ? scaled : x;
+    return x < broadcast(-87.0f) ? vec{} : x == x ? scaled : x;
 }
 
-// Work on numbers 0 to count - 1 in so many threads; each takes the next as it is done with one.
+// work(i) for i in [0, count), in up to so many threads; each takes the next i when it is done with one. Where the
+// system gives fewer threads, those do it all. What is thrown in one of them is thrown here, once all have stopped.
 template <typename Work>
-void shared_out(Int count, Int threads, Work work) {
+void parallel_for(Int count, Int threads, Work work) {
     std::atomic<Int> next{0};
-    auto take = [&] {
-        for (Int i = next++; i < count; i = next++) work(i);
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;
+    auto take = [&]() noexcept {
+        try {
+            for (Int i = next++; i < count; i = next++) work(i);
+        } catch (...) {
+            if (!failed.exchange(true)) failure = std::current_exception();
+            next = count;
+        }
     };
     std::vector<std::thread> others;
-    for (Int i = 1; i < std::min(threads, count); i++) others.emplace_back(take);
+    others.reserve(std::max<Int>(0, std::min(threads, count) - 1));
+    try {
+        while (others.size() < others.capacity()) others.emplace_back(take);
+    } catch (const std::exception&) {
+    }
     take();
     for (std::thread& other : others) other.join();
+    if (failure) std::rethrow_exception(failure);
+}
+
+// What a function for C returns: 0, or 1 where memory ran out, the one thing that can fail here.
+template <typename Work>
+int status_of(Work work) noexcept {
+    try {
+        work();
+        return 0;
+    } catch (...) {
+        return 1;
+    }
 }
 
 }  // namespace dpo_lora
