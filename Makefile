@@ -62,7 +62,7 @@ check: $(STAMP)  ## lint, format and types; changes nothing
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
-fix: $(STAMP)  ## let ruff rewrite what it can, and write docs/settings.md anew
+fix: $(STAMP)  ## let ruff and clang-format rewrite what they can, and write docs/settings.md anew
 	$(BIN)/ruff check --fix src tests bench docs
 	$(BIN)/ruff format src tests bench docs
 	$(BIN)/clang-format -i $(CPP)

@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def own_cache(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """Reference log-probabilities of tests stay out of the user's cache; the embedded model is shared with it, and what
-    was compiled, which takes seconds."""
+    """Reference log-probabilities of tests stay out of the user's cache; the embedded model is shared with it. What was
+    compiled is shared by all tests."""
     folder = cache_with_kernels(tmp_path_factory.mktemp("cache"))
     if request.node.get_closest_marker("embedded") is None:
         monkeypatch.setenv("DPO_LORA_CACHE", str(folder))

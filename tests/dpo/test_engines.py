@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dpo_lora import lora
 from dpo_lora.dpo.engines import _beginning
 from dpo_lora.engine import lanes
-from dpo_lora.engine.native.library import found_compiler
+from dpo_lora.engine.native import library
 from dpo_lora.files import read_jsonl
 from dpo_lora.rundir import FAILED, FINISHED, RunDir
 from harness import CommandLine, dpo_lora, make_pair
@@ -40,7 +40,7 @@ def words_of_width(request: pytest.FixtureRequest, tiny_overrides: list[str], tm
 def own_kernels(words: list[str]) -> set[str]:
     """What the attention of the written-out layers may be called here; narrow heads fill vectors of some processors."""
     if any(word.endswith("/wide") for word in words):
-        return {"native" if found_compiler() else "flash"}
+        return {"flash" if library.loaded() is None else "native"}
     return {"flash", "native"}
 
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_lora.engine.cache_files import write_atomically
+from dpo_lora.engine.decoder import read_layers
+from dpo_lora.engine.native import passes as native_passes
 from dpo_lora.engine.native.library import loaded_name
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "numpy")
@@ -47,8 +49,8 @@ class Proofs:
             return None
         digest = hashlib.sha256()
         for fact in (
-            _code(), _device(base), self.weights, type(base).__qualname__, base.dtype, base.config.to_json_string(),
-            base.config._attn_implementation, *_adapters(model), sorted(engine.items()),
+            _code(), _device(base), _compiled(base, engine), self.weights, type(base).__qualname__, base.dtype,
+            base.config.to_json_string(), base.config._attn_implementation, *_adapters(model), sorted(engine.items()),
         ):  # fmt: skip
             digest.update(f"{fact}\n".encode())
         tensors = {**dict(batch), **{n: p for n, p in model.named_parameters() if p.requires_grad or _is_adapters(n)}}
@@ -85,16 +87,19 @@ def _code() -> str:
 
 def _device(base: nn.Module) -> str:
     """What computes, and by which rules."""
-    weight = next(base.parameters())
-    device = weight.device
+    device = next(base.parameters()).device
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    compiled = loaded_name() if device.type == "cpu" and weight.dtype is torch.float32 else None
     return str((
         device.type, cuda, platform.node(), torch.backends.cpu.get_cpu_capability(), torch.__config__.show(),
-        compiled, torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision(),
-        torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type),
-        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.enabled, torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type), torch.are_deterministic_algorithms_enabled(),
     ))  # fmt: skip
+
+
+def _compiled(base: nn.Module, engine: Mapping[str, object]) -> str | None:
+    """The compiled library, where it is what computes the layers."""
+    layers = None if engine.get("layers") == "plain" else read_layers(base.base_model)
+    return loaded_name() if layers and layers[0].passes is native_passes else None
 
 
 def _adapters(model: nn.Module) -> list[str]:

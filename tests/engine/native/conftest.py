@@ -9,7 +9,7 @@ import platform
 import pytest
 import torch
 
-from dpo_lora.engine.native import library
+from dpo_lora.engine.native import library, passes
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 AVX2 = {"avx2": ("-march=haswell",)} if CAPABILITY in ("AVX2", "AVX512") else {}
@@ -30,4 +30,5 @@ def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """How many floats a vector of the library in use has."""
     made = compiled(request.param)
     monkeypatch.setattr(library, "loaded", lambda: made)
+    monkeypatch.setattr(passes, "threads_are_bound", lambda: False)
     return made.vector_width()

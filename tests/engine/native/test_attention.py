@@ -94,26 +94,65 @@ def test_what_is_not_finite_is_not_hidden(which, bad, vectors):
         assert bool(own.isfinite().all()) is bool(expected.isfinite().all())
 
 
-def test_memory_that_runs_out_is_an_error_of_python():
-    """In a process of its own, whose memory is limited."""
-    script = """
+LIMITED = """
 import resource, torch
 from dpo_lora.engine.batching import is_out_of_memory
 from dpo_lora.engine.native import attention, library
 from dpo_lora.engine.packing import plan_pairs
-row = [5] * 200_000
-plan = plan_pairs([((row + [6], 200_000), (row + [7], 200_000))])
-q, k, v = (torch.randn(plan.tokens, heads, 16) for heads in (2, 1, 1))
+
+def prepared(shared):
+    row = [5] * shared
+    plan = plan_pairs([((row + [6], shared), (row + [7], shared))])
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(plan.tokens, 4, 16) for _ in range(3))
+    out, stats, *grads = torch.empty_like(q), torch.empty(plan.tokens, 4, 2), *map(torch.empty_like, (q, k, v))
+    calls = {"attend": [q, k, v, out, stats], "attend_backward": [q, q, k, v, out, stats, *grads]}
+    attention._runs(plan)
+    return [lambda name=name: attention._call(name, calls[name], q, k, plan, 0.3, 100) for name in calls], [out, *grads]
+
+def leave(mebibytes):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + mebibytes * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
 assert library.loaded() is not None
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, resource.RLIM_INFINITY))
-try:
-    attention.attend(q, k, v, plan, 0.3, 100)
-except MemoryError as error:
-    assert is_out_of_memory(error)
-    print("told")
+torch.set_num_threads(4)
 """
+
+
+def said_by(script: str) -> str:
+    """What a process of its own says that limits its memory, as Linux can."""
     if library.found_compiler() is None or not sys.platform.startswith("linux"):
         pytest.skip("needs a C++ compiler and Linux's limits")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "told"), done.stderr
+    command = [sys.executable, "-c", LIMITED + script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_memory_that_runs_out_is_an_error_of_python():
+    script = """
+calls, _ = prepared(60_000)
+leave(50)  # room for four stacks, not for four times 19 MB
+for call in calls:
+    try:
+        call()
+    except MemoryError as error:
+        print(is_out_of_memory(error))
+"""
+    assert said_by(script).split() == ["True", "True"]
+
+
+def test_fewer_threads_than_asked_for_do_the_work():
+    script = """
+calls, results = prepared(200)
+for call in calls:
+    call()
+expected = [x.clone() for x in results]
+for x in results:
+    x.zero_()
+leave(4)  # no stack of a thread fits
+for call in calls:
+    call()
+print(all(map(torch.equal, expected, results)))
+"""
+    assert said_by(script).split() == ["True"]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tests.engine import worlds
+from tests.engine.native.test_passes import WIDE
 
 from dpo_lora.engine import cpu_passes, proofs
 from dpo_lora.engine.decoder import read_layers
-from dpo_lora.engine.native import library
+from dpo_lora.engine.native import library, passes
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +36,7 @@ def compiler():
 def counting(tmp_path: Path, compiler: list[str], then: str = "") -> tuple[Path, Path]:
     """A compiler that notes each of its calls in a file before it works."""
     script, calls = tmp_path / "c++", tmp_path / "calls"
-    script.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{then or f"exec {compiler[0]}"} "$@"\n')
+    script.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{then or f"exec {shlex.join(compiler)}"} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return script, calls
 
@@ -51,7 +53,7 @@ def test_compiled_once_for_later_processes(tmp_path, compiler, monkeypatch):
     library._loaded.cache_clear()  # as another process
     assert library.loaded() is not None
     assert compilations(calls) == 1
-    assert [file.name for file in (tmp_path / "kernels").iterdir()] == [library.loaded_name()]
+    assert [file.name for file in (tmp_path / "kernels").rglob("*.so")] == [library.loaded_name()]
 
 
 def test_lanes_that_ask_at_once_compile_once(tmp_path, compiler, monkeypatch):
@@ -80,8 +82,8 @@ def test_a_compiler_that_does_not_do_is_told_and_done_without(then, tmp_path, mo
     assert trains_by_torch()
 
 
-@pytest.mark.parametrize("words", ["no-such-compiler", "c++ 'unbalanced"])
-def test_a_compiler_that_does_not_start_is_told_and_done_without(words, monkeypatch, caplog):
+@pytest.mark.parametrize("words", ["no-such-compiler", "c++ 'unbalanced"], ids=["absent", "not to be parsed"])
+def test_a_name_that_is_no_compiler_is_told_and_done_without(words, monkeypatch, caplog):
     monkeypatch.setenv("CXX", words)
     with caplog.at_level(logging.WARNING, logger=library.__name__):
         assert library.loaded() is None
@@ -107,6 +109,9 @@ def test_a_file_that_others_could_have_written_is_not_run(tmp_path, compiler):
     library.load([str(script)], folder)
     assert compilations(calls) == 2
     assert not file.stat().st_mode & 0o022
+    folder.chmod(0o777)
+    library.load([str(script)], folder)
+    assert compilations(calls) == 3
 
 
 def test_a_folder_that_cannot_be_written_costs_a_compilation_each_time(tmp_path, compiler, caplog):
@@ -127,24 +132,35 @@ def test_a_machine_without_a_compiler(monkeypatch, caplog):
 
 
 def trains_by_torch() -> bool:
-    base = worlds.model("llama", hidden_size=64, intermediate_size=96)
+    base = worlds.model("llama", **WIDE)
     return read_layers(base.base_model.requires_grad_(False))[0].passes is cpu_passes
 
 
-def test_a_probe_that_was_passed_by_other_kernels_is_made_again(tmp_path, monkeypatch):
+def key_of(base, tmp_path, **engine) -> str | None:
     rows = worlds.pairs(2)
-    trainer = worlds.trainer(worlds.model(), rows, tmp_path)
-    batch = trainer.data_collator(rows)
-    known = proofs.Proofs(tmp_path, "weights")
-    keys = set()
+    trainer = worlds.trainer(base, rows, tmp_path)
+    return proofs.Proofs(tmp_path, "weights").key(trainer.model, trainer.data_collator(rows), **engine)
+
+
+def test_a_probe_that_was_passed_by_other_kernels_is_made_again(tmp_path, compiler, monkeypatch):
+    keys = []
     for name in ("a", "b"):
         monkeypatch.setattr(proofs, "loaded_name", lambda name=name: name)
-        keys.add(known.key(trainer.model, batch))
-    assert len(keys) == 2 and None not in keys
+        keys.append(key_of(worlds.model(**WIDE), tmp_path))
+    monkeypatch.setattr(passes, "threads_are_bound", lambda: True)
+    keys.append(key_of(worlds.model(**WIDE), tmp_path))
+    assert len(set(keys)) == 3 and None not in keys
 
 
-def test_what_does_not_use_the_library_does_not_ask_for_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("make", "engine"),
+    [
+        (lambda: worlds.model(**WIDE).bfloat16(), {}),
+        (lambda: worlds.model(**WIDE), {"layers": "plain"}),
+        (lambda: worlds.model("gpt2"), {}),
+    ],
+    ids=["bfloat16", "plain", "gpt2"],
+)
+def test_what_does_not_use_the_library_does_not_ask_for_it(make, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(library, "loaded", lambda: pytest.fail("compiles"))
-    rows = worlds.pairs(2)
-    trainer = worlds.trainer(worlds.model().bfloat16(), rows, tmp_path)
-    assert proofs.Proofs(tmp_path, "weights").key(trainer.model, trainer.data_collator(rows)) is not None
+    assert key_of(make(), tmp_path, **engine) is not None

@@ -52,7 +52,7 @@ def _loaded() -> ctypes.CDLL | None:
         log.info("No C++ compiler here: attention of packed rows is computed by torch's kernel, which is slower.")
         return None
     try:
-        return load(compiler, kernels_folder())
+        return load(compiler, kernels_folder() / str(os.getuid()))
     except subprocess.CalledProcessError as error:
         said = f"it said: {error.stderr.strip()[-1000:]}"
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -78,14 +78,16 @@ def load(compiler: list[str], folder: Path, flags: tuple[str, ...] = ()) -> ctyp
     sources = [file.read_text(encoding="utf-8") for kind in ("h", "cpp") for file in sorted(_FOLDER.glob(f"*.{kind}"))]
     name = f"{hashlib.sha256(chr(0).join([predefined, *flags, *sources]).encode()).hexdigest()[:32]}.so"
     file = folder / name
-    if _is_ours(file):
+    if _is_ours(folder) and _is_ours(file):
         with suppress(OSError):  # damaged: compiled again
             return ctypes.CDLL(str(file))
     with tempfile.TemporaryDirectory() as made:
         part = Path(made) / name
         _run([*compiler, *flags, *_LINK, *map(str, sorted(_FOLDER.glob("*.cpp"))), "-o", str(part)])
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_ours(folder):
+                raise PermissionError("others may write there")
             write_atomically(file, part.read_bytes())
             return ctypes.CDLL(str(file))
         except OSError as error:
@@ -93,10 +95,10 @@ def load(compiler: list[str], folder: Path, flags: tuple[str, ...] = ()) -> ctyp
         return ctypes.CDLL(str(part))  # what is loaded outlives its file
 
 
-def _is_ours(file: Path) -> bool:
-    """Whether only this user or root can have written the file: a cache may be shared, and this would be executed."""
+def _is_ours(path: Path) -> bool:
+    """Whether only this user or root can write here: a cache may be shared, and what lies there would be executed."""
     try:
-        found = file.stat()
+        found = path.stat()
     except OSError:
         return False
     return found.st_uid in (0, os.getuid()) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -71,9 +71,10 @@ void parallel_for(Int count, Int threads, Work work) {
         }
     };
     std::vector<std::thread> others;
-    others.reserve(std::max<Int>(0, std::min(threads, count) - 1));
+    const Int wanted = std::min(threads, count) - 1;
+    others.reserve(std::max<Int>(0, wanted));
     try {
-        while (others.size() < others.capacity()) others.emplace_back(take);
+        for (Int i = 0; i < wanted; i++) others.emplace_back(take);
     } catch (const std::exception&) {
     }
     take();
