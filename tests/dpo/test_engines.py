@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,19 @@ def test_packed_and_stock_train_the_same_adapter(cli: CommandLine, words_of_widt
     assert RunDir(stock).manifest()["engine"]["engine"] == "stock"
     assert losses(packed) == pytest.approx(losses(stock), rel=1e-4)
     assert_close(packed, stock)
+
+
+def test_more_threads_than_processors_are_told(
+    cli: CommandLine, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    threads = torch.get_num_threads()
+    try:
+        outcome = cli("train", *tiny_overrides, "train.threads=3", "train.max_steps=1")
+    finally:
+        torch.set_num_threads(threads)
+    assert RunDir(outcome.run).manifest()["engine"]["attention"] == "flash"
+    assert "3 threads and fewer processors" in outcome.err
 
 
 def test_the_probe_reads_past_what_both_answers_begin_with() -> None:

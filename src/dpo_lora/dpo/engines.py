@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
@@ -15,6 +16,7 @@ from dpo_lora.dpo.rows import PairTokens, ReferenceRows, lengths
 from dpo_lora.engine.batching import TokenBudget, why_inseparable
 from dpo_lora.engine.eligibility import Verdict, judge, sliding_window
 from dpo_lora.engine.forward import PackedForward
+from dpo_lora.engine.lanes import threads_are_bound
 from dpo_lora.engine.proofs import Proofs
 from dpo_lora.engine.reference_cache import LogProbs, ReferenceCache, Tokens, scope_of, sequence_log_probs
 from dpo_lora.engine.reference_pass import fingerprint_adapter, fingerprint_config, reference_pass
@@ -88,6 +90,12 @@ def choose_engine(trainer: PairTrainer) -> EngineChoice:
         lanes = packed.lanes_here()
     when = " (checked by an earlier run)" if verdict.known else ""
     difference = verdict.difference
+    if packed.attention == "flash" and threads_are_bound():
+        log.warning(
+            "There are %d threads and fewer processors that this process may use: rows are computed one by one and by "
+            "torch's slower operations. Leave train.threads=null, or set it to the number of processors.",
+            torch.get_num_threads(),
+        )
     log.info("Pair packing: attention %s; probe differs by %.1e from stock%s.", packed.attention, difference, when)
     return EngineChoice(packed, None, difference, layers, lanes, verdict.known)
 

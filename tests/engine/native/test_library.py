@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_lanes_that_ask_at_once_compile_once(tmp_path, compiler, monkeypatch):
 def test_other_instructions_are_another_file(tmp_path, compiler):
     for flags in ((), ("-DOTHER",), ()):
         library.load(compiler, tmp_path, flags)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.so"))) == 2
 
 
 @pytest.mark.parametrize("then", ["echo no such flag >&2; exit 1 ;", "sleep 5 ;"], ids=["fails", "hangs"])
@@ -82,7 +83,9 @@ def test_a_compiler_that_does_not_do_is_told_and_done_without(then, tmp_path, mo
     assert trains_by_torch()
 
 
-@pytest.mark.parametrize("words", ["no-such-compiler", "c++ 'unbalanced"], ids=["absent", "not to be parsed"])
+@pytest.mark.parametrize(
+    "words", ["no-such-compiler", "c++ 'unbalanced", "true"], ids=["absent", "not to be parsed", "no compiler"]
+)
 def test_a_name_that_is_no_compiler_is_told_and_done_without(words, monkeypatch, caplog):
     monkeypatch.setenv("CXX", words)
     with caplog.at_level(logging.WARNING, logger=library.__name__):
@@ -90,21 +93,23 @@ def test_a_name_that_is_no_compiler_is_told_and_done_without(words, monkeypatch,
     assert "CXX" in caplog.text and words.split()[0] in caplog.text
 
 
-def test_a_damaged_file_is_compiled_again(tmp_path, compiler):
+@pytest.mark.parametrize("kept", [0, 1000, 60_000, None], ids=str)
+def test_a_damaged_file_is_compiled_again(kept, tmp_path, compiler):
+    """Cut short, or as long as it was but for some zeros; loaded, it would end the process."""
     library.load(compiler, tmp_path / "whole")
-    [whole] = (tmp_path / "whole").iterdir()
-    (tmp_path / "damaged").mkdir()
-    damaged = tmp_path / "damaged" / whole.name
-    damaged.write_bytes(b"not a library")
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    [file] = (tmp_path / "damaged").glob("*.so")
+    content = file.read_bytes()
+    file.write_bytes(content[:20_000] + bytes(30_000) + content[50_000:] if kept is None else content[:kept])
     assert library.load(compiler, tmp_path / "damaged").vector_width() >= 4
-    assert damaged.stat().st_size == whole.stat().st_size
+    assert file.stat().st_size == len(content) and library._is_whole(file)
 
 
 def test_a_file_that_others_could_have_written_is_not_run(tmp_path, compiler):
     script, calls = counting(tmp_path, compiler)
     folder = tmp_path / "kernels"
     library.load([str(script)], folder)
-    [file] = folder.iterdir()
+    [file] = folder.glob("*.so")
     file.chmod(0o666)
     library.load([str(script)], folder)
     assert compilations(calls) == 2

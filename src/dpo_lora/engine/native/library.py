@@ -49,17 +49,17 @@ def loaded() -> ctypes.CDLL | None:
 def _loaded() -> ctypes.CDLL | None:
     compiler = found_compiler()
     if compiler is None:
-        log.info("No C++ compiler here: attention of packed rows is computed by torch's kernel, which is slower.")
+        log.info("No C++ compiler (c++, g++, clang++, or what CXX names): layers run on torch's slower operations.")
         return None
     try:
         return load(compiler, kernels_folder() / str(os.getuid()))
     except subprocess.CalledProcessError as error:
-        said = f"it said: {error.stderr.strip()[-1000:]}"
+        said = f"exit status {error.returncode}. {error.stderr.strip()[-1000:]}"
     except (OSError, subprocess.TimeoutExpired) as error:
         said = str(error)
     log.warning(
-        "The C++ kernels could not be compiled and loaded, so torch's, which are slower, are used. Another compiler "
-        "can be named by CXX. With %s: %s", shlex.join(compiler), said,
+        "The C++ kernels could not be compiled and loaded: layers run on torch's slower operations. CXX may name "
+        "another compiler. %s: %s", shlex.join(compiler), said,
     )  # fmt: skip
     return None
 
@@ -78,21 +78,36 @@ def load(compiler: list[str], folder: Path, flags: tuple[str, ...] = ()) -> ctyp
     sources = [file.read_text(encoding="utf-8") for kind in ("h", "cpp") for file in sorted(_FOLDER.glob(f"*.{kind}"))]
     name = f"{hashlib.sha256(chr(0).join([predefined, *flags, *sources]).encode()).hexdigest()[:32]}.so"
     file = folder / name
-    if _is_ours(folder) and _is_ours(file):
-        with suppress(OSError):  # damaged: compiled again
-            return ctypes.CDLL(str(file))
+    if _is_whole(file):
+        return ctypes.CDLL(str(file))
+    log.info("Compiling the C++ kernels for this processor: seconds, and once.")
     with tempfile.TemporaryDirectory() as made:
         part = Path(made) / name
         _run([*compiler, *flags, *_LINK, *map(str, sorted(_FOLDER.glob("*.cpp"))), "-o", str(part)])
+        content = part.read_bytes()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not _is_ours(folder):
                 raise PermissionError("others may write there")
-            write_atomically(file, part.read_bytes())
+            write_atomically(file, content)
+            write_atomically(_checksum_of(file), hashlib.sha256(content).hexdigest().encode())
             return ctypes.CDLL(str(file))
         except OSError as error:
             log.info("The compiled kernels serve this process alone: they cannot be kept in %s (%s).", folder, error)
         return ctypes.CDLL(str(part))  # what is loaded outlives its file
+
+
+def _checksum_of(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the file is what was compiled, by this user: a damaged one would end the process without a word."""
+    if not all(map(_is_ours, (file.parent, file, _checksum_of(file)))):
+        return False
+    with suppress(OSError):
+        return hashlib.sha256(file.read_bytes()).hexdigest().encode() == _checksum_of(file).read_bytes()
+    return False
 
 
 def _is_ours(path: Path) -> bool:
@@ -106,9 +121,13 @@ def _is_ours(path: Path) -> bool:
 
 def found_compiler() -> list[str] | None:
     """The words of the compiler's command."""
-    named = os.environ.get("CXX", "").split()
+    named = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(named)
+    except ValueError:  # a quotation without an end: no such compiler, which is then told
+        return [named]
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    return named or ([found] if found else None)
+    return words or ([found] if found else None)
 
 
 def _run(command: list[str]) -> str:
