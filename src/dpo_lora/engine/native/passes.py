@@ -9,30 +9,15 @@ import torch
 from torch import Tensor
 
 from dpo_lora.engine import cpu_passes
-from dpo_lora.engine.cpu_passes import gathered, put_back
 from dpo_lora.engine.lanes import threads_are_bound
 from dpo_lora.engine.lowrank import Projection
-from dpo_lora.engine.native import library
-from dpo_lora.engine.native.attention import attend, attend_backward
-
-__all__ = [
-    "KERNEL",
-    "attend",
-    "attend_backward",
-    "gated",
-    "gated_again",
-    "gated_backward",
-    "gathered",
-    "normalise",
-    "normalise_again",
-    "normalise_backward",
-    "put_back",
-    "rotate",
-]
-
+from dpo_lora.engine.native import attention, library
 
 KERNEL = "native"
 """The attention's name."""
+
+attend, attend_backward = attention.attend, attention.attend_backward
+gathered, put_back = cpu_passes.gathered, cpu_passes.put_back
 
 
 def serve(norms: list[Tensor], projections: list[list[Projection]], head_dims: list[int]) -> bool:
